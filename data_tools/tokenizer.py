@@ -1,0 +1,177 @@
+"""One small interface over four kinds of tokenizer, chosen by a string.
+
+  hf:DIR-or-tokenizer.json   a Hugging Face fast tokenizer (the `tokenizers` library; transformers is not imported)
+  sentencepiece:FILE         a SentencePiece model
+  tiktoken:FILE              a tiktoken rank file; the pattern and the EOD id follow from the number of ranks
+  bytes                      UTF-8 bytes as ids 0-255, EOD 256; needs no file
+
+Text goes in, plain lists of ids come out. No begin or end tokens are added: the caller appends eod_id where it wants it.
+Left out: chat templates, tokenizers that need Python code from a model folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from data_tools.cli import UsageError
+from engine.data.indexed import DataError
+
+SPECS = "hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes"
+
+
+class Tokenizer(Protocol):
+    """vocab_size: one more than the greatest id. eod_id: the end-of-document id, None when the tokenizer names none."""
+
+    vocab_size: int
+    eod_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer a spec names. Raises UsageError for an unknown kind, DataError for a file that is missing or of another kind."""
+    kind, _, path = spec.partition(":")
+    if kind == "bytes" and not path:
+        return ByteTokenizer()
+    loaders = {"hf": HFTokenizer, "sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer}
+    if kind not in loaders or not path:
+        raise UsageError(f"tokenizer {spec!r} is not one of {SPECS}")
+    if not Path(path).exists():
+        raise DataError(f"tokenizer {spec!r}: {path} does not exist; check the path")
+    return loaders[kind](path)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes; decoding replaces what is no UTF-8."""
+
+    vocab_size = 257
+    eod_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(b"<eod>" if i == self.eod_id else bytes([i]) for i in ids).decode("utf-8", errors="replace")
+
+
+class HFTokenizer:
+    """A tokenizer.json, alone or in a folder whose tokenizer_config.json names the end token."""
+
+    # Without a config: the end-of-document tokens of families in use, most specific first.
+    END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
+
+    def __init__(self, path: str) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            raise DataError(f"tokenizer hf:{path}: the folder has no tokenizer.json; for a SentencePiece model use sentencepiece:FILE")
+        try:
+            self._tokenizer = FastTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"tokenizer hf:{path}: {file} is no tokenizer.json ({error})") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod_id = self._find_eod(file.parent)
+
+    def _find_eod(self, folder: Path) -> int | None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).exists():
+                token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+                token = token.get("content") if isinstance(token, dict) else token
+                if token is not None and self._tokenizer.token_to_id(token) is not None:
+                    return self._tokenizer.token_to_id(token)
+        found = [self._tokenizer.token_to_id(token) for token in self.END_TOKENS]
+        return next((token for token in found if token is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; the EOD is its eos piece."""
+
+    def __init__(self, path: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"tokenizer sentencepiece:{path}: not a SentencePiece model ({error})") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.eod_id = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, out_type=int)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+
+# Split patterns as published with each vocabulary: a rank file does not carry its own.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+LLAMA3_PATTERN = _WORDS + r"\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = _WORDS + r"\s++$|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken since 0.7 keeps trailing white space together
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# number of ranks: (pattern, EOD token, its id, vocabulary size with all special tokens)
+TIKTOKEN_FAMILIES = {
+    50256: (GPT2_PATTERN, "<|endoftext|>", 50256, 50257),  # gpt2, r50k_base
+    50280: (GPT2_PATTERN, "<|endoftext|>", 50256, 50281),  # p50k_base
+    100256: (CL100K_PATTERN, "<|endoftext|>", 100257, 100277),  # cl100k_base
+    199998: (O200K_PATTERN, "<|endoftext|>", 199999, 200019),  # o200k_base
+    128000: (LLAMA3_PATTERN, "<|end_of_text|>", 128001, 128256),  # Llama 3
+}
+
+
+class TiktokenTokenizer:
+    """A rank file of a known family; any other number of ranks takes cl100k's pattern and the next free id as EOD."""
+
+    def __init__(self, path: str) -> None:
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+
+        try:
+            ranks = load_tiktoken_bpe(path)
+        except (ValueError, OSError) as error:
+            raise DataError(f"tokenizer tiktoken:{path}: not a rank file, which has a base64 token and a rank per line ({error})") from None
+        if not ranks:
+            raise DataError(f"tokenizer tiktoken:{path}: the rank file is empty; fetch it again")
+        following = max(ranks.values()) + 1
+        default = (CL100K_PATTERN, "<|endoftext|>", following, following + 1)
+        pattern, token, self.eod_id, self.vocab_size = TIKTOKEN_FAMILIES.get(len(ranks), default)
+        self._encoding = tiktoken.Encoding(Path(path).name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={token: self.eod_id})
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encoding.encode_ordinary(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(list(ids), errors="replace")

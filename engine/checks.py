@@ -1,0 +1,321 @@
+"""What several configuration fields decide together: which layouts, batches and combinations are legal.
+
+`cross_checks(run, world_size)` returns one sentence per mistake, each with the numbers and the cure. Pure arithmetic on a
+RunConfig; nothing here touches a device or a process group, so an impossible layout costs no start-up.
+Left out: limits that only data or a device can tell; those are raised where they are met.
+"""
+
+from engine.config import Unreadable, nearest
+from engine.stages import STAGES
+
+
+def cross_checks(run, world_size: int | None) -> list[str]:
+    """All mistakes in `run`, as sentences; world_size None skips what needs the number of ranks.
+
+    Each check is a generator that ends early where it meets a field that was refused already (Unreadable), so checks are
+    kept apart by the fields they need.
+    """
+    checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _layers, _vocabulary, _sequence, _learned_positions,
+              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
+              _fp8, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation)
+    problems = [problem for check in checks for problem in _until_unreadable(check(run))]
+    if world_size is not None:
+        for check in (_world, _expert_world, _world_batch, _world_rampup):
+            problems += _until_unreadable(check(run, world_size))
+    return problems
+
+
+def _until_unreadable(problems):
+    try:
+        yield from problems
+    except Unreadable:
+        return
+
+
+def divisors(n: int, limit: int = 64) -> str:
+    """The divisors of n up to limit, for messages that offer the legal choices."""
+    return ", ".join(str(d) for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def _stage(run):
+    if run.stage not in STAGES:
+        yield f"stage={run.stage} is unknown{nearest(run.stage, STAGES)}"
+
+
+def _heads(run):
+    model = run.model
+    if not model.head_dim and model.hidden_size % model.num_attention_heads:
+        yield (f"model.hidden_size({model.hidden_size}) is not divisible by num_attention_heads({model.num_attention_heads}); "
+               "set model.head_dim or change one of them")
+
+
+def _query_groups(run):
+    model = run.model
+    if model.num_attention_heads % model.kv_heads:
+        yield (f"model.num_attention_heads({model.num_attention_heads}) is not divisible by num_query_groups({model.kv_heads}); "
+               f"legal num_query_groups: {divisors(model.num_attention_heads)}")
+
+
+def _head_split(run):
+    model, tp = run.model, run.parallel.tp
+    if model.num_attention_heads % tp:
+        yield (f"model.num_attention_heads({model.num_attention_heads}) is not divisible by parallel.tp({tp}); "
+               f"legal tp: {divisors(model.num_attention_heads)}")
+    elif model.kv_heads % tp:
+        yield (f"model.num_query_groups({model.kv_heads}) is not divisible by parallel.tp({tp}); "
+               f"legal tp: {divisors(model.kv_heads)}")
+
+
+def _widths(run):
+    model, tp = run.model, run.parallel.tp
+    for name in ("ffn_hidden_size", "hidden_size"):
+        if (width := getattr(model, name)) % tp:
+            yield f"model.{name}({width}) is not divisible by parallel.tp({tp}); legal tp: {divisors(width)}"
+
+
+def _rope(run):
+    model = run.model
+    if not model.head_dim and model.hidden_size % model.num_attention_heads:
+        return      # told by _heads
+    if model.position == "rope" and int(model.head_size * model.rope_percent) % 2:
+        yield f"RoPE rotates pairs, but head_dim({model.head_size}) * rope_percent({model.rope_percent}) is odd; change model.head_dim"
+
+
+def _layers(run):
+    layers, pp, vpp = run.model.num_layers, run.parallel.pp, run.parallel.vpp
+    if vpp > 1 and pp == 1:
+        yield f"parallel.vpp({vpp}) needs a pipeline; set parallel.pp to 2 or more, or vpp to 1"
+    if layers % (pp * vpp):
+        yield (f"model.num_layers({layers}) is not divisible by parallel.pp({pp}) * vpp({vpp}) = {pp * vpp}; "
+               f"legal pp * vpp: {divisors(layers)}")
+
+
+def _vocabulary(run):
+    model, tp = run.model, run.parallel.tp
+    if model.padded_vocab_size % tp:
+        yield (f"model.vocab_size({model.vocab_size}), padded to {model.padded_vocab_size}, is not divisible by parallel.tp({tp}); "
+               f"set model.vocab_pad_multiple to a multiple of {tp}")
+
+
+def _sequence(run):
+    seq_len, p = run.train.seq_len, run.parallel
+    if p.cp > 1 and seq_len % (2 * p.cp):
+        yield (f"train.seq_len({seq_len}) is not divisible by 2 * parallel.cp({p.cp}) = {2 * p.cp} "
+               f"(each rank holds two chunks); legal cp: {divisors(seq_len // 2) if seq_len % 2 == 0 else 1}")
+    elif p.sequence_parallel and (seq_len // p.cp) % p.tp:
+        yield (f"train.seq_len({seq_len}) / cp({p.cp}) is not divisible by tp({p.tp}), which sequence_parallel needs; "
+               f"legal tp: {divisors(seq_len // p.cp)}")
+
+
+def _learned_positions(run):
+    seq_len = run.train.seq_len
+    if run.model.max_position and seq_len > run.model.max_position and run.model.position == "learned":
+        yield f"train.seq_len({seq_len}) exceeds model.max_position({run.model.max_position}) of the learned positions; raise it"
+
+
+def _experts(run):
+    moe, p = run.model.moe, run.parallel
+    if not moe.num_experts:
+        if p.ep > 1:
+            yield f"parallel.ep({p.ep}) needs experts; set model.moe.num_experts, or ep to 1"
+        if p.etp > 1 and p.etp != p.tp:
+            yield f"parallel.etp({p.etp}) needs experts; set model.moe.num_experts, or etp to 0"
+        return
+    if moe.top_k > moe.num_experts:
+        yield f"model.moe.top_k({moe.top_k}) exceeds num_experts({moe.num_experts}); lower top_k"
+    if moe.num_experts % p.ep:
+        yield (f"model.moe.num_experts({moe.num_experts}) is not divisible by parallel.ep({p.ep}); "
+               f"legal ep: {divisors(moe.num_experts)}")
+
+
+def _expert_split(run):
+    moe, p = run.model.moe, run.parallel
+    if not moe.num_experts:
+        return
+    if run.model.moe_ffn_hidden_size % p.expert_tp:
+        yield (f"expert width({run.model.moe_ffn_hidden_size}) is not divisible by parallel.etp({p.expert_tp}); "
+               f"legal etp: {divisors(run.model.moe_ffn_hidden_size)}")
+    if moe.shared_expert_ffn_hidden_size % p.tp:
+        yield (f"model.moe.shared_expert_ffn_hidden_size({moe.shared_expert_ffn_hidden_size}) is not divisible by "
+               f"parallel.tp({p.tp}); legal tp: {divisors(moe.shared_expert_ffn_hidden_size)}")
+    if p.tp > 1 and not p.sequence_parallel:
+        yield f"experts under parallel.tp({p.tp}) need parallel.sequence_parallel=true"
+
+
+def _expert_biases(run):
+    model, p = run.model, run.parallel
+    if not (model.moe.num_experts and model.linear_bias):
+        return
+    if model.moe.shared_expert_ffn_hidden_size:
+        yield "model.linear_bias=true, but shared experts have no biases; set linear_bias=false or shared_expert_ffn_hidden_size=0"
+    if p.expert_tp > 1:
+        yield f"model.linear_bias=true: experts with biases cannot be split over parallel.etp({p.expert_tp}); set etp=1"
+
+
+def _balance(run):
+    moe = run.model.moe
+    if not moe.num_experts:
+        return
+    if moe.balance == "aux_free" and moe.score != "sigmoid":
+        yield f"model.moe.balance=aux_free biases sigmoid scores, but model.moe.score={moe.score}; set score=sigmoid"
+    if moe.balance == "sinkhorn" and moe.top_k != 1:
+        yield f"model.moe.balance=sinkhorn routes each token to one expert, but top_k={moe.top_k}; set top_k=1"
+
+
+def _capacity(run):
+    moe = run.model.moe
+    if moe.num_experts and moe.pad_to_capacity and not moe.capacity_factor:
+        yield "model.moe.pad_to_capacity needs a capacity_factor; set model.moe.capacity_factor, 1.0 say"
+
+
+def _moe_layers(run):
+    moe = run.model.moe
+    if moe.num_experts and not any(run.model.moe_layers):
+        yield (f"model.moe.num_experts({moe.num_experts}) but no layer is MoE: layer_freq({moe.layer_freq}), "
+               f"first_dense_layers({moe.first_dense_layers}), num_layers({run.model.num_layers})")
+
+
+def _sequence_parallel(run):
+    p = run.parallel
+    if p.sequence_parallel and p.tp == 1:
+        yield "parallel.sequence_parallel splits over tp ranks, but parallel.tp is 1; set tp >= 2 or sequence_parallel=false"
+
+
+def _overlap(run):
+    p = run.parallel
+    if p.overlap_param_gather and not p.zero1:
+        yield "parallel.overlap_param_gather gathers what zero1 has split; set parallel.zero1=true"
+    if p.overlap_param_gather and not p.overlap_grad_reduce:
+        yield "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true"
+
+
+def _backend(run):
+    train = run.train
+    if run.run.device == "cpu" and train.backend == "te":
+        yield "train.backend=te needs a GPU, but run.device=cpu; set train.backend=torch"
+    if run.parallel.tp_comm_overlap and train.backend == "torch":
+        yield "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"
+
+
+def _fp8(run):
+    train = run.train
+    if train.fp8.params and train.fp8.recipe == "none":
+        yield "train.fp8.params keeps parameters in FP8, but train.fp8.recipe is none; choose a recipe"
+    if train.fp8.recipe != "none" and train.backend == "torch":
+        yield f"train.fp8.recipe={train.fp8.recipe} needs Transformer Engine, but train.backend=torch; set train.backend=te"
+    if train.fp8.recipe != "none" and train.precision != "bf16":
+        yield f"train.fp8.recipe={train.fp8.recipe} works beside bf16, but train.precision={train.precision}; set it to bf16"
+
+
+def _precision_aware(run):
+    if run.optim.precision_aware and not run.parallel.zero1:
+        yield "optim.precision_aware needs parallel.zero1=true"
+
+
+def _rampup(run):
+    train, ramp = run.train, run.train.rampup
+    if ramp.start:
+        if ramp.start > train.global_batch:
+            yield f"train.rampup.start({ramp.start}) exceeds train.global_batch({train.global_batch})"
+        elif (train.global_batch - ramp.start) % ramp.increment:
+            yield (f"train.rampup: global_batch({train.global_batch}) - start({ramp.start}) is not a multiple of "
+                   f"increment({ramp.increment})")
+        if not ramp.samples:
+            yield "train.rampup.samples is 0; set the samples over which the batch grows"
+
+
+def _warmup(run):
+    schedule, steps = run.schedule, run.schedule.decay_steps or run.train.steps
+    if schedule.kind != "constant" and schedule.warmup_steps >= steps:
+        yield f"schedule.warmup_steps({schedule.warmup_steps}) leaves no step of the {steps} to decay; lower it"
+    if schedule.kind == "inverse_sqrt" and not schedule.warmup_steps:
+        yield "schedule.kind=inverse_sqrt scales with warmup_steps, which is 0; set it to 1 or more"
+
+
+def _rates(run):
+    schedule = run.schedule
+    if schedule.warmup_steps and schedule.init_lr > run.optim.lr:
+        yield f"schedule.init_lr({schedule.init_lr}) exceeds optim.lr({run.optim.lr}), so the warm-up would fall; lower init_lr"
+    if schedule.min_lr > run.optim.lr:
+        yield f"schedule.min_lr({schedule.min_lr}) exceeds optim.lr({run.optim.lr}); lower it"
+
+
+def _wsd(run):
+    schedule, steps = run.schedule, run.schedule.decay_steps or run.train.steps
+    if schedule.kind == "wsd":
+        if not schedule.wsd_decay_steps:
+            yield "schedule.kind=wsd needs schedule.wsd_decay_steps, the length of the final decay"
+        elif schedule.wsd_decay_steps + schedule.warmup_steps > steps:
+            yield (f"schedule.wsd_decay_steps({schedule.wsd_decay_steps}) + warmup_steps({schedule.warmup_steps}) exceed "
+                   f"the {steps} steps of the schedule")
+
+
+def _corpora(run):
+    data = run.data
+    if not data.train:
+        yield "data.train is empty; name at least one corpus prefix (data_tools/preprocess.py writes them)"
+    if data.split and data.valid:
+        yield "data.split cuts the validation set out of data.train, but data.valid names one too; use one of them"
+
+
+def _eod(run):
+    data = run.data
+    if (data.reset_at_eod or data.eod_mask_loss) and data.eod_id < 0 and not data.tokenizer:
+        yield "data.reset_at_eod and eod_mask_loss need the end-of-document token; set data.tokenizer or data.eod_id"
+    if data.eod_id >= run.model.vocab_size:
+        yield f"data.eod_id({data.eod_id}) is beyond model.vocab_size({run.model.vocab_size})"
+
+
+def _validation(run):
+    data = run.data
+    if run.train.eval_every and not run.train.eval_samples:
+        yield "train.eval_every is set but train.eval_samples is 0; set how many samples a validation reads"
+    if run.train.eval_samples and not (data.valid or data.split):
+        yield f"train.eval_samples({run.train.eval_samples}) but there is no validation set; set data.valid or data.split"
+
+
+def _world(run, world_size: int):
+    p = run.parallel
+    model_ranks = _model_ranks(run)
+    if world_size % model_ranks:
+        fewer = world_size < model_ranks
+        yield (f"tp({p.tp}) * pp({p.pp}) * cp({p.cp}) = {model_ranks} does not divide the world size {world_size}; "
+               + (f"start {model_ranks} ranks or a multiple (torchrun --nproc-per-node)" if fewer else
+                  f"start a multiple of {model_ranks} ranks, or choose a product among {divisors(world_size, world_size)}"))
+
+
+def _model_ranks(run) -> int:
+    return run.parallel.tp * run.parallel.pp * run.parallel.cp
+
+
+def _expert_world(run, world_size: int):
+    p = run.parallel
+    if not run.model.moe.num_experts or world_size % _model_ranks(run):
+        return
+    expert_ranks = p.expert_tp * p.ep * p.pp
+    if world_size % expert_ranks:
+        yield (f"etp({p.expert_tp}) * ep({p.ep}) * pp({p.pp}) = {expert_ranks} does not divide the world size "
+               f"{world_size}; legal ep: {divisors(max(world_size // (p.expert_tp * p.pp), 1))}")
+
+
+def _world_batch(run, world_size: int):
+    if world_size % _model_ranks(run):
+        return      # dp is not known
+    p, train, dp = run.parallel, run.train, world_size // _model_ranks(run)
+    micro = train.micro_batch * dp
+    if train.global_batch % micro:
+        yield (f"train.global_batch({train.global_batch}) is not divisible by micro_batch({train.micro_batch}) * dp({dp}) = {micro}; "
+               f"legal global_batch: multiples of {micro}")
+    elif p.vpp > 1 and (train.global_batch // micro) % p.pp:
+        yield (f"train.global_batch({train.global_batch}) makes {train.global_batch // micro} micro-batches, which the interleaved "
+               f"schedule needs divisible by parallel.pp({p.pp}); legal global_batch: multiples of {micro * p.pp}")
+
+
+def _world_rampup(run, world_size: int):
+    if world_size % _model_ranks(run):
+        return
+    p, ramp = run.parallel, run.train.rampup
+    step = run.train.micro_batch * (world_size // _model_ranks(run)) * (p.pp if p.vpp > 1 else 1)
+    if ramp.start and (ramp.start % step or ramp.increment % step):
+        yield (f"train.rampup.start({ramp.start}) and increment({ramp.increment}) must be multiples of {step} "
+               "(micro_batch * dp, times pp when interleaved)")

@@ -1,0 +1,48 @@
+"""What the training commands of launch/ share: read the arguments, validate, train, and turn a person's mistake into one clear message.
+
+Left out of the fast path: torch and megatron are imported only when the configuration is sound, so `--help` and every
+configuration error answer in under a second.
+"""
+
+import argparse
+import os
+import sys
+
+OK, ERROR, USAGE = 0, 1, 2
+
+
+def main(doc: str) -> int:
+    """Run a training command on this rank. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    from engine.config import ConfigError, load_config
+
+    try:
+        run = load_config(args.config, args.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as error:
+        return _say(f"{args.config}: {len(error.problems)} mistake{'s' * (len(error.problems) > 1)} in the configuration\n{error}", USAGE)
+    return _train(run)
+
+
+def _train(run) -> int:
+    from engine.mcore import topology
+    from engine.train import train
+
+    try:
+        train(run)
+    except ValueError as error:  # what a person must mend; anything else is ours and keeps its traceback
+        return _say(f"error: {error}", ERROR)
+    except KeyboardInterrupt:
+        return _say("interrupted", ERROR)
+    topology.stop()
+    return OK
+
+
+def _say(message: str, code: int) -> int:
+    """Print without a traceback. A configuration error is the same on every rank; another one may be known to one rank only."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or code != USAGE:
+        print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,553 @@
+"""Every field a user may set, each with its sentence; read a YAML file and dotted overrides into one frozen RunConfig.
+
+    run = load_config("examples/quickstart/pretrain.yaml", ["train.steps=20", "parallel.tp=2"], world_size=2)
+
+A family (and a size) of `engine/models` fills the model's defaults first, then the file, then the overrides. Mistakes are
+collected and raised together as one ConfigError: unknown keys with the nearest known one, wrong types, values out of range,
+and, from `engine/checks.py`, everything that several fields decide together (which layouts are legal).
+Left out: anything read from data or devices. This module must stay importable without torch, so that `--help` is instant.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from engine.models import FAMILIES, family_defaults
+
+
+class ConfigError(ValueError):
+    """One or more mistakes of the user; `problems` is the list, str() prints all of them."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(f"  - {problem}" for problem in problems))
+
+
+class Unreadable(Exception):
+    """A check asked for a field whose value was refused; what it would say about the field follows from that mistake."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys."""
+
+    # coerce: YAML reads the weights of data.train, and folder names such as 2024, as numbers.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True,
+                              coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    def __getattr__(self, name: str):
+        if name in type(self).model_fields:      # only `_readable_part` makes sections that lack a field
+            raise Unreadable(name)
+        return super().__getattr__(name)
+
+
+class Run(Section):
+    dir: str
+    """Folder of everything this run writes."""
+    seed: int = Field(1234, ge=0)
+    """Seeds weights (the same in every layout), data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when torch sees a GPU."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels and fail where there is none."""
+    timeout_minutes: float = Field(30, gt=0)
+    """How long a collective may wait for a missing rank."""
+
+
+class Moe(Section):
+    num_experts: int = Field(0, ge=0)
+    """0 makes the model dense."""
+    top_k: int = Field(2, ge=1)
+    """Experts per token."""
+    ffn_hidden_size: int = Field(0, ge=0)
+    """Width of one expert; 0 takes model.ffn_hidden_size."""
+    shared_expert_ffn_hidden_size: int = Field(0, ge=0)
+    """Width of the shared experts together; 0 means none."""
+    layer_freq: int = Field(1, ge=1)
+    """Every n-th layer is MoE; the others are dense."""
+    first_dense_layers: int = Field(0, ge=0)
+    """This many layers at the bottom stay dense, as in DeepSeek-V2 and V3."""
+    balance: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "aux_free", "none"] = "aux_loss"
+    """How experts are kept busy: a loss per micro-batch, per sequence or over the global batch; Sinkhorn; DeepSeek's bias; nothing."""
+    aux_loss_coeff: float = Field(0.01, ge=0)
+    """Weight of the balancing loss."""
+    z_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906)."""
+    bias_update_rate: float = Field(1e-3, ge=0)
+    """Speed of the aux-free expert bias (arXiv 2408.15664)."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Router score function."""
+    softmax_after_top_k: bool = True
+    """True (Mixtral, Qwen3-MoE renormalised): the weights of the chosen k sum to 1."""
+    scaling_factor: float = Field(0.0, ge=0)
+    """Multiplies the routed weights (DeepSeek); 0 means 1."""
+    capacity_factor: float = Field(0.0, ge=0)
+    """Tokens an expert takes, as a multiple of the even share; 0 drops nothing."""
+    pad_to_capacity: bool = False
+    """Pad every expert's input to its capacity (fixed shapes)."""
+    grouped_gemm: bool = True
+    """One grouped matrix product over the local experts where the backend has it."""
+
+
+class RopeScaling(Section):
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """How RoPE frequencies are stretched."""
+    factor: float = Field(8.0, ge=1)
+    """Ratio of the new to the original length."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3 only: wavelengths above original/low are divided by factor."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """llama3 only: wavelengths below original/high are kept."""
+    original_max_position: int = Field(8192, ge=1)
+    """llama3 only: length the model was first trained at."""
+
+
+class Model(Section):
+    family: str
+    """A file of engine/models."""
+    size: str = "custom"
+    """A size of that family, or custom."""
+    num_layers: int = Field(ge=1)
+    """Transformer layers."""
+    hidden_size: int = Field(ge=1)
+    """Width of the residual stream."""
+    ffn_hidden_size: int = Field(ge=1)
+    """Width of the MLP."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_query_groups: int = Field(0, ge=0)
+    """Key/value heads; 0 means as many as query heads."""
+    head_dim: int = Field(0, ge=0)
+    """Width of one head; 0 means hidden_size / num_attention_heads."""
+    vocab_size: int = Field(ge=2)
+    """Token ids the model knows."""
+    vocab_pad_multiple: int = Field(128, ge=1)
+    """The embedding is padded to a multiple of this; padding never enters a softmax."""
+    max_position: int = Field(0, ge=0)
+    """Longest sequence (learned positions, export); 0 means train.seq_len."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Epsilon of the normalisation."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu", "silu"] = "swiglu"
+    """MLP activation; swiglu and geglu are gated. gelu is the tanh form."""
+    position: Literal["rope", "learned", "none"] = "rope"
+    """Position embedding."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base period of RoPE."""
+    rope_percent: float = Field(1.0, gt=0, le=1)
+    """Share of a head that RoPE rotates."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """Stretching of RoPE."""
+    tie_embeddings: bool = False
+    """One matrix for input and output embedding."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projection."""
+    linear_bias: bool = False
+    """Bias on every linear layer."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head."""
+    sliding_window: int = Field(0, ge=0)
+    """A token sees this many tokens, itself included; 0 means all before it."""
+    sliding_window_freq: int = Field(1, ge=1)
+    """n: every n-th layer sees everything, the others the window; 1 means the window in all layers."""
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout after attention, MLP and embedding."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on attention weights."""
+    init_std: float = Field(0.02, gt=0)
+    """Std of initial weights; output projections get init_std / sqrt(2 * num_layers)."""
+    moe: Moe = Moe()
+    """Mixture of experts."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def moe_ffn_hidden_size(self) -> int:
+        return self.moe.ffn_hidden_size or self.ffn_hidden_size
+
+    @property
+    def moe_layers(self) -> list[bool]:
+        """One flag per layer: is it a mixture of experts?"""
+        if not self.moe.num_experts:
+            return [False] * self.num_layers
+        return [i >= self.moe.first_dense_layers and i % self.moe.layer_freq == 0 for i in range(self.num_layers)]
+
+
+class Parallel(Section):
+    tp: int = Field(1, ge=1)
+    """Tensor parallel: each matrix is split over this many ranks."""
+    pp: int = Field(1, ge=1)
+    """Pipeline parallel: layers are split over this many ranks."""
+    vpp: int = Field(1, ge=1)
+    """Model chunks per pp rank (interleaved schedule)."""
+    cp: int = Field(1, ge=1)
+    """Context parallel: each sequence is split over this many ranks."""
+    ep: int = Field(1, ge=1)
+    """Expert parallel: experts are split over this many ranks."""
+    etp: int = Field(0, ge=0)
+    """Tensor parallel inside experts; 0 means tp."""
+    sequence_parallel: bool = False
+    """Split the sequence over the tp ranks between matrices."""
+    zero1: bool = False
+    """Split optimizer state over the dp ranks (megatron's distributed optimizer)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the forward pass runs (with zero1)."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with matrix products (te backend)."""
+    overlap_p2p: bool = True
+    """Overlap pipeline sends with compute (interleaved schedule)."""
+
+    @property
+    def expert_tp(self) -> int:
+        return self.etp or self.tp
+
+
+class Data(Section):
+    train: list[str] = []
+    """Corpora of the training set: PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..."""
+    valid: dict[str, list[str]] = {}
+    """Validation sets by name, each a list like train; their losses are logged separately."""
+    split: str = ""
+    """Megatron's split string, such as 969,30,1: cuts train into train, valid and test; excludes data.valid."""
+    tokenizer: str = ""
+    """hf:DIR | sentencepiece:FILE | tiktoken:FILE | bytes: names the EOD token and goes into exports."""
+    eod_id: int = Field(-1, ge=-1)
+    """End-of-document token; -1 asks the tokenizer."""
+    reset_at_eod: bool = False
+    """Tokens see only their own document, and positions restart in each."""
+    eod_mask_loss: bool = False
+    """No loss where the input token is the end of a document."""
+    one_epoch: bool = False
+    """Refuse to read any token twice."""
+    cache_dir: str = ""
+    """Folder of the index cache; empty means run.dir/index_cache."""
+    prefetch: bool = True
+    """Build the next global batch while this one trains."""
+
+
+class Rampup(Section):
+    start: int = Field(0, ge=0)
+    """First global batch; 0 switches the ramp-up off."""
+    increment: int = Field(1, ge=1)
+    """Step of the global batch."""
+    samples: int = Field(0, ge=0)
+    """Samples over which the batch grows to train.global_batch."""
+
+
+class Fp8(Section):
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """FP8 scaling recipe (te backend, GPU)."""
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """hybrid: e4m3 forward, e5m2 gradients."""
+    params: bool = False
+    """Keep parameters in FP8 (the all-gather of zero1 moves half the bytes)."""
+    amax_history: int = Field(1024, ge=1)
+    """Steps of the delayed recipe's history."""
+
+
+class Train(Section):
+    seq_len: int = Field(ge=2)
+    """Tokens per sample."""
+    micro_batch: int = Field(1, ge=1)
+    """Samples per rank and forward pass."""
+    global_batch: int = Field(ge=1)
+    """Samples per optimizer step, over all ranks."""
+    rampup: Rampup = Rampup()
+    """Growth of the global batch at the start."""
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    max_tokens: int = Field(0, ge=0)
+    """Stop after this many tokens; 0 means no limit."""
+    max_minutes: float = Field(0, ge=0)
+    """Save and stop after this wall-clock time; 0 means no limit."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and activations; bf16 and fp16 keep fp32 master weights."""
+    fp8: Fp8 = Fp8()
+    """FP8 matrix products."""
+    backend: Literal["auto", "torch", "te"] = "auto"
+    """Layers: torch runs anywhere; te is Transformer Engine. auto takes te on a GPU that has it."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Recompute nothing, core attention, or whole layers in the backward pass."""
+    compile: bool = False
+    """torch.compile every layer."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between validations; 0 validates only at the end."""
+    eval_samples: int = Field(0, ge=0)
+    """Samples per validation set; 0 means no validation."""
+    manual_gc: int = Field(0, ge=0)
+    """Collect garbage every n steps instead of at random moments; 0 leaves it to Python."""
+
+
+class Optim(Section):
+    lr: float = Field(3e-4, ge=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled; not applied to biases and norms."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Adam's second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Clip the global gradient norm; 0 does not clip."""
+    precision_aware: bool = False
+    """Keep moments and gradients in lower precision (te's FusedAdam, with zero1)."""
+    loss_scale: float = Field(0, ge=0)
+    """fp16: a constant loss scale; 0 means dynamic."""
+    initial_loss_scale: float = Field(2**32, gt=0)
+    """fp16: where the dynamic scale starts."""
+    loss_scale_window: int = Field(1000, ge=1)
+    """fp16: good steps before the scale doubles."""
+
+
+class Schedule(Section):
+    kind: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear from init_lr to optim.lr."""
+    init_lr: float = Field(0.0, ge=0)
+    """Where the warm-up starts: the learning rate of step 1."""
+    min_lr: float = Field(0.0, ge=0)
+    """Where the decay ends."""
+    decay_steps: int = Field(0, ge=0)
+    """Steps after which the rate is min_lr; 0 means train.steps."""
+    wsd_decay_steps: int = Field(0, ge=0)
+    """wsd: length of the final decay."""
+    wsd_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """wsd: shape of the final decay."""
+
+
+class Checkpoint(Section):
+    load: str = ""
+    """A run's checkpoints folder or one iter_ folder to start from; empty resumes run.dir when it holds a checkpoint."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    save_at_end: bool = True
+    """Save when training stops."""
+    load_optimizer: bool = True
+    """False starts the optimizer, the schedule and the data position afresh."""
+
+
+class Log(Section):
+    every: int = Field(10, ge=1)
+    """Steps between console lines; metrics.jsonl gets every step."""
+    tensorboard: bool = True
+    """Write tb/."""
+    wandb: str = ""
+    """Weights & Biases project; empty means off."""
+    norms: bool = False
+    """Log the weight and gradient norm of every layer."""
+    progress: Literal["auto", "bar", "plain"] = "auto"
+    """A progress bar on a terminal, plain lines elsewhere."""
+    peak_tflops: float = Field(0, ge=0)
+    """Peak of one device for MFU; 0 looks the GPU up, and leaves MFU out on a CPU."""
+
+
+class RunConfig(Section):
+    run: Run
+    stage: str = "pretrain"
+    """A file of engine/stages."""
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data = Data()
+    train: Train
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+
+def load_config(path: str | Path, overrides: list[str] = (), world_size: int | None = None) -> RunConfig:
+    """Read `path`, apply `key=value` overrides, validate.
+
+    world_size: number of ranks when known (torchrun's WORLD_SIZE); None skips the checks that need it.
+    Raises ConfigError with every mistake found.
+    """
+    raw = _read(Path(path), overrides)
+    return validate(raw, world_size)
+
+
+def validate(raw: dict[str, Any], world_size: int | None = None) -> RunConfig:
+    """Turn a nested dict into a RunConfig, or raise ConfigError with every mistake in it.
+
+    Fields that are wrong by themselves and fields that do not go together are told in one go; a check that needs a refused
+    field stays silent.
+    """
+    from engine.checks import cross_checks
+
+    problems = []
+    raw, preset_is_known = _with_family(raw, problems)
+    try:
+        run = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        mistakes = error.errors()
+        run = _readable_part(raw, mistakes)
+        problems += [_explain(mistake) for mistake in mistakes if preset_is_known or not _would_be_in_preset(mistake)]
+    problems += cross_checks(run, world_size)
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+def dump_config(run: RunConfig) -> str:
+    """YAML of every field, usable as input again."""
+    return OmegaConf.to_yaml(OmegaConf.create(run.model_dump()))
+
+
+def nearest(word: str, known) -> str:
+    """` (did you mean X?)`, or the known words when none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _read(path: Path, overrides) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError([f"no configuration file at {path}"])
+    changes = _parsed(overrides)
+    try:
+        file = OmegaConf.load(path)
+        if not OmegaConf.is_dict(file):
+            raise ConfigError([f"{path} holds no mapping of sections; see examples/quickstart/pretrain.yaml"])
+        merged = OmegaConf.merge(file, changes)
+        return OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path}: {str(error).strip()}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{path} is not text"]) from None
+
+
+def _parsed(overrides):
+    changes, problems = OmegaConf.create(), []
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            problems.append(f"override {override!r} is not of the form key=value, such as train.steps=100")
+            continue
+        try:
+            changes = OmegaConf.merge(changes, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, ValueError) as error:
+            problems.append(f"override {override!r}: {str(error).strip()}")
+    if problems:
+        raise ConfigError(problems)
+    return changes
+
+
+def _with_family(raw: dict[str, Any], problems: list[str]) -> tuple[dict[str, Any], bool]:
+    """Family defaults and size preset below the user's own model keys; False where a preset was named that cannot be found."""
+    model = raw.get("model")
+    if not isinstance(model, dict):
+        return raw, True
+    family, size = str(model.get("family")), str(model.get("size", "custom"))
+    if model.get("family") is None:
+        return raw, size == "custom"      # pydantic says that the family is missing
+    if family not in FAMILIES:
+        problems.append(f"model.family={family} is unknown{nearest(family, FAMILIES)}")
+        return raw, size == "custom"
+    sizes, is_known = FAMILIES[family].SIZES, True
+    if size != "custom" and size not in sizes:
+        problems.append(f"model.size={size} is no size of {family}{nearest(size, [*sizes, 'custom'])}")
+        size, is_known = "custom", False
+    defaults = OmegaConf.create(family_defaults(family, size))
+    merged = OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.create(model)))
+    return {**raw, "model": merged}, is_known
+
+
+def _would_be_in_preset(mistake) -> bool:
+    return mistake["type"] == "missing" and mistake["loc"][0] == "model" and mistake["loc"] != ("model", "family")
+
+
+def _explain(mistake) -> str:
+    where = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        return f"{where} is no key of this configuration{_nearest_key(mistake['loc'])}"
+    if mistake["type"] == "missing":
+        return f"{where} is required"
+    text = mistake["msg"].replace("valid dictionary or instance of", "mapping with the keys of")
+    return f"{where}={mistake['input']!r}: {text[0].lower()}{text[1:]}"
+
+
+def _nearest_key(loc) -> str:
+    """Where an unknown key may have been meant: the same name in another section, or the nearest one in this section."""
+    name = str(loc[-1])
+    same = [path for path in _paths(RunConfig) if path.split(".")[-1] == name]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    section = RunConfig
+    for part in loc[:-1]:
+        section = section.model_fields[part].annotation
+    return nearest(name, section.model_fields)
+
+
+def _paths(section, prefix: str = ""):
+    """Dotted names of every field below a section."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if _is_section(field.annotation):
+            yield from _paths(field.annotation, f"{prefix}{name}.")
+
+
+def _is_section(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _readable_part(raw: dict[str, Any], mistakes) -> RunConfig:
+    """A RunConfig of what is right in `raw`, for checks only: reading a field that `mistakes` names raises Unreadable."""
+    raw = OmegaConf.to_container(OmegaConf.create(raw))
+    refused = []
+    while mistakes:
+        for mistake in mistakes:
+            refused += _replace(raw, mistake)
+        try:
+            run, mistakes = RunConfig.model_validate(raw), []
+        except ValidationError as error:      # a section that was replaced by an empty one lacks its required fields
+            mistakes = error.errors()
+    run = run.model_copy(deep=True)           # default sections are shared by all configurations
+    for path in refused:
+        section = run
+        for part in path[:-1]:
+            section = vars(section).get(part)
+        if section is not None:
+            vars(section).pop(path[-1], None)
+    return run
+
+
+def _replace(raw: dict[str, Any], mistake) -> list[tuple]:
+    """Put something legal in the place of a mistake; the path of the field that is no longer the user's, if it is one."""
+    section, node, path = RunConfig, raw, ()
+    for part in mistake["loc"]:
+        path = (*path, part)
+        if part not in section.model_fields:      # an unknown key
+            node.pop(part)
+            return []
+        field = section.model_fields[part]
+        if not (_is_section(field.annotation) and isinstance(node.get(part), dict)):
+            break                                 # the field itself, or an item in its list
+        section, node = field.annotation, node[part]
+    if _is_section(field.annotation):
+        node[part] = {}
+    elif field.is_required():
+        node[part] = 2                            # legal for every required field: numbers from 1 or 2 upwards, and names
+    else:
+        node.pop(part, None)
+    return [path]

@@ -1,0 +1,29 @@
+"""Hugging Face folders in and out: one file per family, the table below, and load.py, export.py, verify.py around them.
+
+A family file offers hf_config, model_fields, hf_shapes, canonical, pairs, from_hf and to_hf; llama.py is the one to read first.
+Left out: tokenizers (files are copied, never read as such) and architectures that are no row of the table.
+"""
+
+from typing import Any, Mapping
+
+from engine.hf import gpt2, llama, mixtral
+from engine.hf.fields import HFError, to_model
+
+FAMILIES = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2}
+
+
+def family_of(hf: Mapping[str, Any]):
+    """The family module that reads a folder with this config.json. Raises HFError when none does."""
+    if hf.get("quantization_config"):
+        raise HFError("config.json has a quantization_config; convert the unquantised weights")
+    architectures, model_type = hf.get("architectures") or [], hf.get("model_type")
+    for family in FAMILIES.values():
+        if architectures[:1] == [family.ARCHITECTURE] or (not architectures and model_type == family.MODEL_TYPE):
+            return family
+    known = ", ".join(family.ARCHITECTURE for family in FAMILIES.values())
+    raise HFError(f"config.json names architectures={architectures}, model_type={model_type!r}; known: {known}")
+
+
+def read_model(hf: Mapping[str, Any]):
+    """config.Model of a config.json. Raises HFError for what the engine would compute differently."""
+    return to_model(family_of(hf).model_fields(hf))

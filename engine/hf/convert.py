@@ -1,0 +1,62 @@
+"""What launch/convert.py needs beside load.py and export.py: a RunConfig for a foreign model, and fp32 or rounded views.
+
+Left out: the checkpoint itself, which engine/mcore reads and writes.
+"""
+
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+from torch import Tensor
+
+from engine.config import Data, Run, RunConfig, Train
+from engine.hf import family_of, read_model
+from engine.hf.export import DTYPES, TOKENIZER_FILES
+from engine.hf.load import Tensors
+
+PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+def run_of(hf: Mapping[str, Any], tensors: Tensors, source: str | Path, run_dir: str | Path) -> RunConfig:
+    """The RunConfig of a model that no run of ours trained: its sizes, its precision and its tokenizer; the rest is default.
+
+    hf, tensors: as open_hf gives them. source: the folder they came from, where the tokenizer lies too.
+    Raises HFError for what the engine would compute differently.
+    """
+    model, source = read_model(hf), Path(source).resolve()
+    precision = PRECISIONS.get(tensors.dtype(family_of(hf).EMBEDDING), "fp32")
+    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
+    return RunConfig(
+        run=Run(dir=str(run_dir)), model=model,
+        data=Data(tokenizer=f"hf:{source}" if has_tokenizer else ""),
+        train=Train(seq_len=max(model.max_position, 2), global_batch=1, steps=1, precision=precision),
+    )
+
+
+def in_fp32(run: RunConfig) -> RunConfig:
+    """`run` on one CPU rank in fp32, as the comparison of logits wants it."""
+    return run.model_copy(update={
+        "run": run.run.model_copy(update={"device": "cpu"}),
+        "parallel": type(run.parallel)(),
+        "train": run.train.model_copy(update={"precision": "fp32", "backend": "torch", "fp8": type(run.train.fp8)(),
+                                              "compile": False, "recompute": "none"}),
+    })
+
+
+class Rounded(Mapping[str, Tensor]):
+    """A mapping whose floating tensors went through `dtype` (fp32, bf16, fp16; None leaves them) and back, on access."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: str | None):
+        self._tensors, self._dtype = tensors, DTYPES[dtype] if dtype else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.to(self._dtype).to(tensor.dtype) if self._dtype and tensor.is_floating_point() else tensor
+
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

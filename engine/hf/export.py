@@ -1,0 +1,212 @@
+"""Write a Hugging Face folder from engine tensors: config, generation config, safetensors, tokenizer, model card.
+
+    export(run, tensors, "out/my-model", dtype="bf16")
+
+Tensors enter by engine name from a mapping that may read each one on access; they leave under HF names, in shards, and at most
+one shard is in memory. The folder is written beside its final place and renamed when complete, so a reader never sees half of it.
+Left out: proving it (launch/convert.py compares logits) and uploading it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.config import RunConfig, dump_config
+from engine.hf import FAMILIES
+from engine.hf.fields import HFError, dtype_keys
+from engine.hf.load import INDEX, WEIGHTS, read_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+                   "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+
+
+def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, dtype: str | None = None,
+           tokenizer_dir: str | Path | None = None, shard_bytes: float = 5e9, tokens_trained: int = 0,
+           verification: str = "") -> Path:
+    """Write `out_dir`, which must not exist yet or be empty, and return it.
+
+    tensors: engine name -> tensor, whole (tp = pp = ep = 1). dtype: fp32, bf16 or fp16; None keeps the tensors' own.
+    tokenizer_dir: folder (or tokenizer.json) to copy from instead of the run's data.tokenizer. shard_bytes: largest weight file.
+    tokens_trained (0: unknown) and verification go into the model card.
+    Raises HFError when the architecture cannot express the model, a tensor is amiss or the tokenizer is not there.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HFError(f"{out} exists already; name another folder or remove it")
+    if run.model.family not in FAMILIES:
+        raise HFError(f"model.family={run.model.family} has no Hugging Face form here; these have: {', '.join(FAMILIES)}")
+    family, model = FAMILIES[run.model.family], full_model(run)
+    hf = family.hf_config(model, run.train.seq_len)  # refuses before anything is written
+    source = _tokenizer_source(run, tokenizer_dir)
+    part = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes)
+        copy_tokenizer(part, source, run.data.eod_id)
+        ids = special_ids(part, run.data.eod_id)
+        write_json(part / "config.json", hf | dtype_keys(kept) | ids)
+        write_json(part / "generation_config.json", ids)
+        write_card(part, run, out.name, tokens_trained, verification)
+        part.replace(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return out
+
+
+def full_model(run: RunConfig):
+    """run.model with max_position filled in from train.seq_len."""
+    return run.model.model_copy(update={"max_position": run.model.max_position or run.train.seq_len})
+
+
+def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: float) -> str:
+    """Write (name, tensor) in order as model.safetensors, or as shards with an index; return the first tensor's dtype by name."""
+    shards, shard, size, total, first = [], {}, 0, 0, None
+    for name, tensor in tensors:
+        # A copy: safetensors refuses tensors that share storage, and gate and up are two halves of one.
+        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        first = first or tensor.dtype
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_ > shard_bytes:
+            shards.append(_write_shard(folder, len(shards), shard))
+            shard, size = {}, 0
+        shard[name] = tensor
+        size, total = size + bytes_, total + bytes_
+    shards.append(_write_shard(folder, len(shards), shard))
+    _name_shards(folder, shards, total)
+    return str(first).removeprefix("torch.")
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
+    path = folder / f"shard-{number}.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
+    return path, list(tensors)
+
+
+def _name_shards(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> None:
+    """Final file names, which carry the number of shards, and the index."""
+    if len(shards) == 1:
+        shards[0][0].rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _tokenizer_source(run: RunConfig, tokenizer_dir: str | Path | None) -> Path | None:
+    """The folder or tokenizer.json to copy; None when the run's tokenizer is not a Hugging Face one."""
+    if tokenizer_dir is None and not run.data.tokenizer.startswith("hf:"):
+        return None
+    path = Path(tokenizer_dir if tokenizer_dir is not None else run.data.tokenizer.removeprefix("hf:"))
+    if path.is_file() or (path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES)):
+        return path
+    raise HFError(f"there is no tokenizer at {path}; name the folder that holds it (tokenizer_dir, or --tokenizer)")
+
+
+def copy_tokenizer(folder: Path, source: Path | None, eod_id: int) -> None:
+    """Copy the tokenizer's files; one that is a bare tokenizer.json gets the tokenizer_config.json that transformers needs."""
+    if source is None:
+        return
+    if source.is_file():
+        shutil.copyfile(source, folder / "tokenizer.json")
+    else:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        tokens = {number: token for token, number in _vocabulary(folder).items()}
+        end = {"eos_token": tokens[eod_id]} if eod_id in tokens else {}
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **end})
+
+
+def special_ids(folder: Path, eod_id: int) -> dict[str, int | None]:
+    """bos, eos and pad ids from the copied tokenizer; a run that sets data.eod_id knows its end of text better.
+
+    All three are always there: transformers' defaults (1 and 2 for Llama) would end texts at ordinary tokens.
+    """
+    path = folder / "tokenizer_config.json"
+    config, ids = read_json(path) if path.exists() else {}, _vocabulary(folder)
+    found = {}
+    for kind in ("bos", "eos", "pad"):
+        token = config.get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found[f"{kind}_token_id"] = ids.get(token)
+    if eod_id >= 0:
+        found["eos_token_id"] = eod_id
+    return found
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Token -> id of tokenizer.json (or vocab.json); empty without them."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = read_json(folder / "tokenizer.json")
+        vocab = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocab, list):  # Unigram: [[token, score], ...]
+            vocab = {token: number for number, (token, _) in enumerate(vocab)}
+        return vocab | {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or []}
+    return read_json(folder / "vocab.json") if (folder / "vocab.json").exists() else {}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(folder: Path, run: RunConfig, title: str, tokens_trained: int = 0, verification: str = "") -> None:
+    """README.md: what the model is, how big, how far trained, the configuration, and whether the conversion was proved."""
+    model = run.model
+    rows = {
+        "family": f"{model.family} ({model.size})", "layers": model.num_layers, "hidden size": model.hidden_size,
+        "FFN size": model.ffn_hidden_size,
+        "attention": f"{model.num_attention_heads} query heads, {model.kv_heads} key/value heads of {model.head_size}",
+        "experts": f"{model.moe.num_experts}, {model.moe.top_k} per token" if model.moe.num_experts else "",
+        "vocabulary": model.vocab_size, "longest sequence": model.max_position or run.train.seq_len,
+        "parameters": f"{num_parameters(folder):,}", "stage": run.stage,
+        "tokens trained": f"{tokens_trained:,}" if tokens_trained else "",
+        "conversion": verification or "logits not compared",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
+    (folder / "README.md").write_text(f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {title}
+
+Trained with Trireme, exported to Hugging Face format.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+
+## Configuration
+
+```yaml
+{dump_config(run).strip()}
+```
+""", encoding="utf-8")
+
+
+def num_parameters(folder: Path) -> int:
+    """Numbers in the folder's weight files, from their headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())
+    return total

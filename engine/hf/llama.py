@@ -1,0 +1,187 @@
+"""Llama: LlamaForCausalLM of transformers, tied or not, grouped queries, any head_dim, linear and llama3 RoPE, biases.
+
+config.json enters and keys of config.Model leave (`model_fields`), and back (`hf_config`); tensors go through the Pairs below.
+HF's attention_bias puts a bias on q, k, v and o, its mlp_bias on gate, up and down; the engine has qkv_bias (q, k, v) and
+linear_bias (everything). What does not coincide becomes a zero bias on the side that has one more, which computes the same.
+Left out, and refused: q/k norms and sliding windows (other HF architectures), partial rotation, NoPE, mixtures of experts.
+"""
+
+from typing import Any, Callable, Iterator, Mapping
+
+from torch import Tensor
+
+from engine.config import Model
+from engine.hf import names
+from engine.hf.fields import dtype_keys, need, refuse, rope_fields, rope_keys, to_model
+from engine.hf.names import Pair, Shape
+
+ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
+EMBEDDING = "model.embed_tokens.weight"
+
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+HF_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+
+
+def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
+    """config.json of `model` for transformers 4.x and 5.x.
+
+    seq_len: tokens per training sample, the longest position where model.max_position is 0.
+    Raises HFError where LlamaForCausalLM cannot express the model.
+    """
+    refuse(inexpressible(model) | {
+        f"transformers wants hidden_size({model.hidden_size}) divisible by num_attention_heads({model.num_attention_heads})":
+            model.hidden_size % model.num_attention_heads != 0,
+        f"model.moe.num_experts={model.moe.num_experts}": model.moe.num_experts > 0,
+        f"model.sliding_window={model.sliding_window}": model.sliding_window > 0,
+    }, f"{ARCHITECTURE} cannot express this model")
+    return common_config(model, seq_len, dtype) | {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "intermediate_size": model.ffn_hidden_size,
+        "attention_bias": model.qkv_bias or model.linear_bias,
+        "mlp_bias": model.linear_bias,
+    }
+
+
+def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.Model. Raises HFError for what the engine would compute differently."""
+    has_bias = bool(hf.get("attention_bias") or hf.get("mlp_bias"))
+    return common_fields(hf, rms_norm_eps=1e-6, rope_theta=10000.0) | {
+        "family": "llama",
+        "max_position": hf.get("max_position_embeddings", 2048),
+        "num_query_groups": groups(hf, hf.get("num_key_value_heads")),
+        "qkv_bias": has_bias,
+        "linear_bias": has_bias,
+    }
+
+
+def pairs(model: Model) -> list[Pair]:
+    """The tensors of LlamaForCausalLM, in model order."""
+    return trunk(model, _mlp)
+
+
+def to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Engine tensors -> HF (name, tensor)."""
+    return names.to_hf(pairs(model), tensors)
+
+
+def from_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors -> engine (name, tensor)."""
+    return names.from_hf(pairs(model), tensors)
+
+
+def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
+    """The tensors that a folder with this config.json must hold: HF name -> shape."""
+    shapes = names.hf_shapes(pairs(to_model(model_fields(hf))))
+    flags = {".self_attn.": bool(hf.get("attention_bias")), ".mlp.": bool(hf.get("mlp_bias"))}
+    absent = [part for part, has_bias in flags.items() if not has_bias]
+    return {name: shape for name, shape in shapes.items()
+            if not (name.endswith(".bias") and any(part in name for part in absent))}
+
+
+def canonical(name: str) -> str:
+    """The name as transformers writes it today; empty for a stored buffer that is no weight."""
+    return "" if name.endswith(".rotary_emb.inv_freq") else name
+
+
+# --- shared with the families that are Llama but for one part ---
+
+
+def inexpressible(model: Model) -> dict[str, bool]:
+    """What no Llama-shaped HF architecture has, as problems for `refuse`."""
+    return {
+        f"model.norm={model.norm}": model.norm != "rmsnorm",
+        f"model.activation={model.activation}": model.activation not in ACTIVATIONS,
+        f"model.position={model.position}": model.position != "rope",
+        f"model.rope_percent={model.rope_percent}": model.rope_percent != 1.0,
+        "model.qk_norm=true": model.qk_norm,
+    }
+
+
+def common_config(model: Model, seq_len: int, dtype: str) -> dict[str, Any]:
+    """The keys of config.json that the Llama-shaped architectures share."""
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": ACTIVATIONS[model.activation],
+        "max_position_embeddings": model.max_position or seq_len,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "attention_dropout": model.attention_dropout,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        **rope_keys(model),
+        **dtype_keys(dtype),
+    }
+
+
+def common_fields(hf: Mapping[str, Any], rms_norm_eps: float, rope_theta: float) -> dict[str, Any]:
+    """The keys of config.Model that the Llama-shaped architectures share; the numbers are transformers' defaults."""
+    vocab, hidden, ffn, layers, heads = need(hf, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                             "num_attention_heads")
+    activation = hf.get("hidden_act", "silu")
+    refuse({f"hidden_act={activation!r} is not supported ({', '.join(HF_ACTIVATIONS)} are)": activation not in HF_ACTIVATIONS},
+           "config.json")
+    head_dim = hf.get("head_dim") or 0
+    return {
+        "num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "num_attention_heads": heads, "vocab_size": vocab,
+        "head_dim": 0 if head_dim * heads == hidden else head_dim,
+        "norm": "rmsnorm", "norm_eps": hf.get("rms_norm_eps", rms_norm_eps),
+        "activation": HF_ACTIVATIONS[activation],
+        "position": "rope", **rope_fields(hf, rope_theta),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "attention_dropout": hf.get("attention_dropout") or 0.0,
+        "init_std": hf.get("initializer_range", 0.02),
+    }
+
+
+def groups(hf: Mapping[str, Any], kv_heads: int | None) -> int:
+    """model.num_query_groups: 0 where every query head has its own key/value head."""
+    return 0 if kv_heads in (None, hf["num_attention_heads"]) else kv_heads
+
+
+def trunk(model: Model, mlp: Callable[[Model, str, str], list[Pair]]) -> list[Pair]:
+    """A Llama whose MLPs are those of `mlp(model, engine prefix, HF prefix)`."""
+    h = model.hidden_size
+    found = [names.vocabulary("embedding.word_embeddings.weight", EMBEDDING, model)]
+    for i in range(model.num_layers):
+        engine, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
+        found += [
+            names.same(engine + "input_layernorm.weight", hf + "input_layernorm.weight", h),
+            *_attention(model, engine + "self_attention.", hf + "self_attn."),
+            names.same(engine + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", h),
+            *mlp(model, engine + "mlp.", hf),
+        ]
+    found.append(names.same("decoder.final_layernorm.weight", "model.norm.weight", h))
+    if not model.tie_embeddings:
+        found.append(names.vocabulary("output_layer.weight", "lm_head.weight", model))
+    return found
+
+
+def _attention(model: Model, engine: str, hf: str) -> list[Pair]:
+    h, width = model.hidden_size, model.num_attention_heads * model.head_size
+    parts = [hf + "q_proj.", hf + "k_proj.", hf + "v_proj."]
+    found = [names.qkv(engine + "linear_qkv.weight", [p + "weight" for p in parts], model, h),
+             names.same(engine + "linear_proj.weight", hf + "o_proj.weight", h, width)]
+    if model.qkv_bias or model.linear_bias:
+        found.append(names.qkv(engine + "linear_qkv.bias", [p + "bias" for p in parts], model, is_optional=True))
+    if model.linear_bias:
+        found.append(names.same(engine + "linear_proj.bias", hf + "o_proj.bias", h, is_optional=True))
+    elif model.qkv_bias:
+        found.append(names.must_be_zero(hf + "o_proj.bias", h))
+    return found
+
+
+def _mlp(model: Model, engine: str, layer: str) -> list[Pair]:
+    h, ffn, hf = model.hidden_size, model.ffn_hidden_size, layer + "mlp."
+    gate_up = [hf + "gate_proj.", hf + "up_proj."]
+    found = [names.stacked(engine + "linear_fc1.weight", [p + "weight" for p in gate_up], ffn, h),
+             names.same(engine + "linear_fc2.weight", hf + "down_proj.weight", h, ffn)]
+    if model.linear_bias:
+        found += [names.stacked(engine + "linear_fc1.bias", [p + "bias" for p in gate_up], ffn, is_optional=True),
+                  names.same(engine + "linear_fc2.bias", hf + "down_proj.bias", h, is_optional=True)]
+    return found

@@ -1,0 +1,149 @@
+"""Open a Hugging Face folder: config.json as a dict, safetensors as a lazy mapping, both checked against each other.
+
+    hf, tensors = open_hf("meta-llama/Llama-3.2-1B")        # nothing but headers is read
+    weight = tensors["model.norm.weight"]                    # now one tensor is
+
+Names are those transformers writes today (a family's `canonical`). What config.json says decides: a tensor too few, one too many
+or one of another shape is refused before any weight is read.
+Left out: pickled weights (loading one runs whatever code is in it) and downloads; the folder must lie on this machine.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.hf import family_of
+from engine.hf.fields import HFError
+from engine.hf.names import some
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Name -> tensor over a folder's safetensors files; each access reads one tensor from disk, on the CPU."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]]):
+        self._places = places  # name -> (file, the tensor's name in it)
+        self._open = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored = self._places[name]
+        return self._file(path).get_tensor(stored)
+
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header."""
+        path, stored = self._places[name]
+        return tuple(self._file(path).get_slice(stored).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors spells it (F32, BF16, ...), from the file's header."""
+        path, stored = self._places[name]
+        return self._file(path).get_slice(stored).get_dtype()
+
+    def _file(self, path: Path):
+        if path not in self._open:
+            self._open[path] = _open(path)
+        return self._open[path]
+
+
+def open_hf(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
+    """(config.json, name -> tensor). Raises HFError for a folder that is incomplete, contradicts itself or holds pickles only."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HFError(f"{folder} is no folder; download the model first, then name the folder that holds its config.json")
+    hf = read_json(folder / "config.json")
+    family = family_of(hf)
+    places = {}
+    for stored, path in _places(folder).items():
+        name = family.canonical(stored)
+        if name in places:
+            raise HFError(f"{folder} holds {name} twice, as {places[name][1]} and as {stored}")
+        if name:
+            places[name] = (path, stored)
+    tensors, shapes = Tensors(places), family.hf_shapes(hf)
+    _check(folder, tensors, shapes)
+    # A tied model may carry its output matrix all the same; then it has to be the embedding.
+    if HEAD in places and HEAD not in shapes:
+        if not torch.equal(tensors[HEAD], tensors[family.EMBEDDING]):
+            raise HFError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from {family.EMBEDDING}")
+        del places[HEAD]
+    return hf, tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; HFError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HFError(f"{path.parent} has no {path.name}") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise HFError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise HFError(f"{path} holds no JSON object")
+    return content
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Stored name -> file; a single model.safetensors goes before an index, as in transformers."""
+    if (folder / WEIGHTS).is_file():
+        return {name: folder / WEIGHTS for name in _open(folder / WEIGHTS).keys()}
+    if (folder / INDEX).is_file():
+        return _sharded(folder, read_json(folder / INDEX).get("weight_map"))
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise HFError(f"{folder} has only pickled weights ({some(pickles)}), which run code when loaded; save it again with "
+                      "transformers (save_pretrained), which writes safetensors")
+    raise HFError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+
+
+def _sharded(folder: Path, weight_map) -> dict[str, Path]:
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise HFError(f"{folder / INDEX} has no weight_map of tensor names to file names")
+    shards = {}
+    for shard in sorted(set(weight_map.values())):
+        # Only bare names: an index from elsewhere must not make us read other files.
+        if not shard.endswith(".safetensors") or "/" in shard or "\\" in shard or "\0" in shard:
+            raise HFError(f"{folder / INDEX} names the shard {shard!r}, which is no safetensors file inside the folder")
+        if not (folder / shard).is_file():
+            raise HFError(f"{folder / INDEX} names the shard {shard}, which is missing")
+        shards[shard] = set(_open(folder / shard).keys())
+    for shard, names in shards.items():
+        listed = {name for name, where in weight_map.items() if where == shard}
+        if names != listed:
+            raise HFError(f"{folder / shard} and {INDEX} disagree about where {some(sorted(names ^ listed))} is")
+    return {name: folder / shard for name, shard in weight_map.items()}
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise HFError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def _check(folder: Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Every difference between the files and what config.json makes of the family, in one HFError."""
+    problems = []
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    unexpected = [f"{name} {list(tensors.shape(name))}" for name in tensors if name not in expected and name != HEAD]
+    differing = [f"{name} is {list(tensors.shape(name))}, config.json says {list(shape)}"
+                 for name, shape in expected.items() if name in tensors and tensors.shape(name) != shape]
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", differing)):
+        if names:
+            problems.append(f"{len(names)} tensors {label}: {some(names)}")
+    if problems:
+        raise HFError(f"the tensors of {folder} are not those of its config.json: " + "; ".join(problems))

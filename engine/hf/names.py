@@ -1,0 +1,145 @@
+"""The rules by which HF tensors and engine tensors hold the same numbers; a family file is a list of them.
+
+A Pair ties one engine tensor to the HF tensors with its numbers. Its `join` makes the engine tensor from them, its `split` undoes
+that, bit by bit. `from_hf` and `to_hf` walk a list of Pairs in model order and read every tensor once, when its turn comes, so a
+lazy mapping never holds a whole model. Engine names and shapes are those of a megatron GPTModel.state_dict() at tp = pp = ep = 1.
+Left out: parallel shards (the checkpoint reader has put them together) and changes of dtype (export's affair).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config import Model
+from engine.hf.fields import HFError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One engine tensor and the HF tensors that hold its numbers."""
+
+    engine: str
+    """Name in the engine; empty when the engine has no such tensor, and then the HF ones must be zero."""
+    hf: dict[str, Shape]
+    """HF names with their shapes, in the order that join takes and split gives."""
+    join: Callable[..., Tensor]
+    """HF tensors -> engine tensor."""
+    split: Callable[[Tensor], Sequence[Tensor]]
+    """Engine tensor -> HF tensors."""
+    is_optional: bool = False
+    """The HF tensors may all be absent, which means zeros: a bias that this HF model does without."""
+
+    @property
+    def engine_shape(self) -> Shape:
+        return tuple(self.join(*(torch.empty(shape, device="meta") for shape in self.hf.values())).shape)
+
+
+def same(engine: str, hf: str, *shape: int, is_optional: bool = False) -> Pair:
+    """The same tensor under another name."""
+    return Pair(engine, {hf: shape}, lambda t: t, lambda t: (t,), is_optional)
+
+
+def transposed(engine: str, hf: str, rows: int, cols: int) -> Pair:
+    """Engine [rows, cols] = [out, in]; HF's Conv1D keeps [in, out]."""
+    return Pair(engine, {hf: (cols, rows)}, lambda t: t.T, lambda t: (t.T,))
+
+
+def stacked(engine: str, hf: Sequence[str], *shape: int, is_optional: bool = False) -> Pair:
+    """HF tensors of one shape on top of each other; the gated fc1 is [gate; up]."""
+    return Pair(engine, {name: shape for name in hf}, lambda *t: torch.cat(t), lambda t: t.chunk(len(hf)), is_optional)
+
+
+def vocabulary(engine: str, hf: str, model: Model) -> Pair:
+    """[padded_vocab, h] in the engine, [vocab, h] in HF; the added rows are zero, and the engine masks their logits."""
+    return Pair(engine, {hf: (model.vocab_size, model.hidden_size)}, partial(pad_rows, model.padded_vocab_size),
+                lambda t: (t[: model.vocab_size],))
+
+
+def qkv(engine: str, hf: Sequence[str], model: Model, *cols: int, is_optional: bool = False) -> Pair:
+    """HF's q, k and v as one engine tensor, group by group; cols is (h,) for weights and () for biases."""
+    q_rows, kv_rows = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
+    shapes = [(q_rows, *cols), (kv_rows, *cols), (kv_rows, *cols)]
+    return Pair(engine, dict(zip(hf, shapes)), partial(fuse_qkv, model), partial(split_qkv, model), is_optional)
+
+
+def must_be_zero(hf: str, *shape: int) -> Pair:
+    """An HF tensor that the engine's model does without."""
+    return Pair("", {hf: shape}, lambda t: t, lambda t: (t,))
+
+
+def pad_rows(rows: int, tensor: Tensor) -> Tensor:
+    """[n, h] -> [rows, h], zeros below."""
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+def fuse_qkv(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [heads * d, ...], k and v [groups * d, ...] -> [(heads + 2 * groups) * d, ...].
+
+    For each KV group its query heads, then its key head, then its value head: the order of megatron's linear_qkv.
+    """
+    groups, cols = model.kv_heads, q.shape[1:]
+    blocks = [t.reshape(groups, t.shape[0] // groups, *cols) for t in (q, k, v)]  # [groups, heads_of_group * d, ...]
+    return torch.cat(blocks, dim=1).reshape(-1, *cols)
+
+
+def split_qkv(model: Model, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of fuse_qkv."""
+    groups, d, cols = model.kv_heads, model.head_size, fused.shape[1:]
+    q_rows = model.num_attention_heads // groups * d
+    blocks = fused.reshape(groups, q_rows + 2 * d, *cols).split([q_rows, d, d], dim=1)
+    return tuple(block.reshape(-1, *cols) for block in blocks)
+
+
+def hf_shapes(pairs: Sequence[Pair]) -> dict[str, Shape]:
+    """HF names with their shapes, in model order."""
+    return {name: shape for pair in pairs for name, shape in pair.hf.items()}
+
+
+def from_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Engine (name, tensor) in model order. Raises HFError for a missing tensor or a wrong shape."""
+    dtype = torch.float32
+    for pair in pairs:
+        if pair.is_optional and not any(name in tensors for name in pair.hf):
+            # The HF model has no such bias; a zero one computes the same. It takes the dtype of its neighbours.
+            yield pair.engine, torch.zeros(pair.engine_shape, dtype=dtype)
+            continue
+        parts = [_checked(tensors, name, shape) for name, shape in pair.hf.items()]
+        dtype = parts[0].dtype
+        if pair.engine:
+            yield pair.engine, pair.join(*parts)
+        elif any(part.any() for part in parts):
+            raise HFError(f"{', '.join(pair.hf)} is not zero, and this model has no place for it; set model.linear_bias=true")
+
+
+def to_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """HF (name, tensor) in model order. Raises HFError for a missing tensor, a wrong shape, or one that HF has no place for."""
+    homeless = sorted(name for name in set(tensors) - {pair.engine for pair in pairs} if not name.endswith("_extra_state"))
+    if homeless:
+        raise HFError(f"the checkpoint holds {some(homeless)}, for which the HF architecture has no place")
+    dtype = torch.float32
+    for pair in pairs:
+        if not pair.engine:
+            yield from ((name, torch.zeros(shape, dtype=dtype)) for name, shape in pair.hf.items())
+            continue
+        tensor = _checked(tensors, pair.engine, pair.engine_shape)
+        dtype = tensor.dtype
+        yield from zip(pair.hf, pair.split(tensor))
+
+
+def some(words: Sequence[str], limit: int = 4) -> str:
+    """The first few words and how many more there are, for messages."""
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
+
+
+def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
+    if name not in tensors:
+        raise HFError(f"tensor {name} {list(shape)} is missing")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise HFError(f"tensor {name} has shape {list(tensor.shape)}, but the configuration makes it {list(shape)}")
+    return tensor

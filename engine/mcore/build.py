@@ -1,0 +1,396 @@
+"""From a RunConfig to model chunks: megatron's TransformerConfig, GPTModel, initial weights, DDP and optimizer.
+
+    chunks = build_model(run, topology)              # one per virtual pipeline chunk, wrapped for data parallel
+    optimizer = build_optimizer(run, chunks)
+
+Initial weights do not depend on the layout: each parameter is drawn whole from a generator seeded by its name and sliced,
+so the same run.seed starts the same model on any number of ranks.
+Left out: heads other than token logits, which come with the stages that need them.
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.activations import squared_relu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu, "silu": F.silu}
+
+
+def backend_of(run, device: str) -> str:
+    """"te" or "torch", as train.backend asks; auto takes te on a GPU that can import it.
+
+    Raises ValueError when te is asked for and cannot be had, with the reason.
+    """
+    if run.train.backend == "torch":
+        return "torch"
+    problem = "there is no GPU" if device == "cpu" else _te_problem()
+    if run.train.backend == "te" and problem:
+        raise ValueError(f"train.backend=te, but {problem}; set train.backend=torch, or install Transformer Engine (docs/gpu.md)")
+    if run.train.fp8.recipe != "none" and problem:
+        raise ValueError(f"train.fp8.recipe={run.train.fp8.recipe} needs Transformer Engine, but {problem}; set it to none")
+    return "torch" if problem else "te"
+
+
+def _te_problem() -> str:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a half-installed Transformer Engine raises more than ImportError
+        return f"Transformer Engine cannot be imported ({type(error).__name__}: {error})"
+    return ""
+
+
+def transformer_config(run, device: str) -> TransformerConfig:
+    """megatron's TransformerConfig for this run on this device."""
+    model, p, train = run.model, run.parallel, run.train
+    on_te = backend_of(run, device) == "te"
+    dtype = DTYPES[train.precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_size,
+        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
+        layernorm_epsilon=model.norm_eps,
+        activation_func=ACTIVATIONS[model.activation],
+        gated_linear_unit=model.gated,
+        add_bias_linear=model.linear_bias,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
+        window_attn_skip_freq=model.sliding_window_freq if model.sliding_window and model.sliding_window_freq > 1 else None,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        # init_weights fills the parameters; megatron still has to run its own init, which marks them as split over tp.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        apply_query_key_layer_scaling=False,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        tensor_model_parallel_size=p.tp,
+        pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
+        context_parallel_size=p.cp,
+        expert_model_parallel_size=p.ep,
+        expert_tensor_parallel_size=p.expert_tp,
+        sequence_parallel=p.sequence_parallel,
+        # With two pp ranks, batched sends between the same pair cross and gradients are silently wrong; upstream asks for pp > 2.
+        overlap_p2p_comm=p.vpp > 1 and (p.overlap_p2p or p.pp == 2),
+        batch_p2p_comm=not (p.vpp > 1 and (p.overlap_p2p or p.pp == 2)),
+        # gloo reads a sent tensor after the call returns; freeing it under an overlapped send corrupts what arrives.
+        deallocate_pipeline_outputs=device == "cuda",
+        calculate_per_token_loss=True,  # DDP then sums gradients; run.py divides the loss by the global count beforehand
+        deterministic_mode=run.run.deterministic,
+        bias_activation_fusion=on_te and model.activation in ("swiglu", "geglu") and not model.linear_bias,
+        bias_dropout_fusion=on_te,
+        apply_rope_fusion=on_te,
+        masked_softmax_fusion=False,
+        persist_layer_norm=on_te,
+        gradient_accumulation_fusion=on_te and _apex_grad_fusion(),
+        cross_entropy_loss_fusion=False,  # TokenModel masks the padded vocabulary itself
+        tp_comm_overlap=p.tp_comm_overlap,
+        **_recompute(train),
+        **_experts(run, on_te),
+        **_fp8(train.fp8),
+    )
+
+
+def _leave(tensor):
+    return tensor
+
+
+def _apex_grad_fusion() -> bool:
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except Exception:
+        return False
+    return True
+
+
+def _recompute(train) -> dict:
+    if train.recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return dict(recompute_granularity="selective") if train.recompute == "selective" else {}
+
+
+def _fp8(fp8) -> dict:
+    if fp8.recipe == "none":
+        return {}
+    return dict(fp8=fp8.format, fp8_recipe=fp8.recipe, fp8_param=fp8.params, fp8_amax_history_len=fp8.amax_history,
+                fp8_amax_compute_algo="max")
+
+
+def _experts(run, on_te: bool) -> dict:
+    model, moe = run.model, run.model.moe
+    if not moe.num_experts:
+        return {}
+    with_loss = moe.balance in ("aux_loss", "seq_aux_loss", "global_aux_loss") and moe.aux_loss_coeff > 0
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_expert_ffn_hidden_size or None,
+        moe_layer_freq=[int(flag) for flag in model.moe_layers],
+        moe_router_load_balancing_type=moe.balance if with_loss or moe.balance == "sinkhorn" else "none",
+        moe_aux_loss_coeff=moe.aux_loss_coeff if with_loss else 0.0,
+        moe_z_loss_coeff=moe.z_loss_coeff or None,
+        moe_router_enable_expert_bias=moe.balance == "aux_free",
+        moe_router_bias_update_rate=moe.bias_update_rate,
+        moe_router_score_function=moe.score,
+        moe_router_pre_softmax=not moe.softmax_after_top_k and moe.score == "softmax",
+        moe_router_topk_scaling_factor=moe.scaling_factor or None,
+        moe_router_dtype="fp32",
+        moe_expert_capacity_factor=moe.capacity_factor or None,
+        moe_pad_expert_input_to_capacity=moe.pad_to_capacity,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=moe.grouped_gemm and on_te,
+    )
+
+
+class TokenModel(GPTModel):
+    """GPTModel whose padded vocabulary never enters the softmax, so the loss does not depend on the padding."""
+
+    def __init__(self, *args, real_vocab_size: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def compute_language_model_loss(self, labels, logits):
+        """labels [b, s], logits [s, b, padded vocabulary / tp] -> minus log-probability of each label, fp32 [b, s]."""
+        tp_group = self.pg_collection.tp
+        real = self.real_vocab_size - tp_group.rank() * logits.size(-1)  # columns of this rank that are real
+        if real < logits.size(-1):
+            logits = logits.clone() if logits.is_leaf else logits
+            logits[..., max(real, 0):] = float("-inf")
+        labels = labels.transpose(0, 1)  # [s, b]
+        if tp_group.size() == 1:
+            loss = F.cross_entropy(logits.reshape(-1, logits.size(-1)).float(), labels.reshape(-1), reduction="none").view(labels.shape)
+        else:
+            loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.contiguous())
+        return loss.transpose(0, 1).contiguous()
+
+
+def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | None = None) -> GPTModel:
+    """One bare model chunk of this pp rank, with layout-free initial weights, in the run's precision."""
+    if backend_of(run, device) == "te":
+        from engine.mcore.spec_te import block_spec
+    else:
+        from engine.mcore.spec_torch import block_spec
+    model = run.model
+    scaling = model.rope_scaling
+    chunk = TokenModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, model, vp_stage),
+        vocab_size=model.padded_vocab_size,
+        real_vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position or run.train.seq_len,
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type={"learned": "learned_absolute"}.get(model.position, model.position),
+        rotary_percent=model.rope_percent,
+        rotary_base=model.rope_theta,
+        seq_len_interpolation_factor=scaling.factor if scaling.kind == "linear" else None,
+        vp_stage=vp_stage,
+    )
+    if scaling.kind == "llama3" and model.position == "rope":
+        # megatron hard-codes three of the four factors, so the frequencies are scaled here with all of them.
+        rope = chunk.rotary_pos_emb
+        rope.inv_freq = rope._apply_scaling(rope.inv_freq, scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor,
+                                            scaling.original_max_position)
+    _mark_experts(chunk, run.parallel)
+    init_weights(chunk, run)
+    chunk.cuda(torch.cuda.current_device())
+    return Float16Module(config, chunk) if run.train.precision != "fp32" else chunk
+
+
+def _mark_experts(chunk, parallel) -> None:
+    """Reduce expert gradients over the expert-data-parallel group whenever it differs from the dense one.
+
+    megatron does so only when ep > 1; with ep = 1 and etp < tp it would leave tp ranks with different experts.
+    """
+    if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name and ".shared_experts." not in name:
+                parameter.allreduce = False
+
+
+@torch.no_grad()
+def init_weights(chunk: GPTModel, run) -> None:
+    """Fill every parameter: norms 1, biases 0, matrices normal(0, std); each drawn whole by name, then sliced.
+
+    Residual outputs (attention projection, second MLP matrix) get std / sqrt(2 * layers), as in GPT-2 and megatron.
+    """
+    state = chunk.sharded_state_dict(prefix="")
+    apply_factories(state)
+    for shard in sharded_tensors(state):
+        name, data = shard.key, shard.data
+        if name.endswith("bias"):
+            data.zero_()
+        elif "layernorm" in name or "layer_norm" in name:
+            data.fill_(1.0)
+        else:
+            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = run.model.init_std / math.sqrt(2 * run.model.num_layers) if residual else run.model.init_std
+            _draw(shard, std, run.run.seed)
+
+
+def sharded_tensors(state):
+    """Every ShardedTensor in a nested state dict (factories applied)."""
+    for value in state.values() if isinstance(state, dict) else state:
+        if isinstance(value, ShardedTensor):
+            yield value
+        elif isinstance(value, (dict, list)):
+            yield from sharded_tensors(value)
+
+
+def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
+    """Fill shard.data with its slice of normal(0, std), drawn for the whole tensor of one layer (and expert)."""
+    lead = shard.prepend_axis_num  # axes that count layers and experts
+    where, shape, offset = shard.global_offset[:lead], shard.global_shape[lead:], shard.global_offset[lead:]
+    digest = hashlib.sha256(f"{seed}/{shard.key}/{where}".encode()).digest()
+    generator = torch.Generator(device=shard.data.device).manual_seed(int.from_bytes(digest[:7], "big"))
+    whole = torch.empty(shape, device=shard.data.device).normal_(0, std, generator=generator)
+    local = shard.data.view(shard.local_shape[lead:] if len(shard.local_shape) > len(shape) else shard.local_shape)
+    local.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, local.shape))])
+
+
+def build_model(run, device: str) -> list[DistributedDataParallel]:
+    """This rank's model chunks wrapped in megatron's DDP, ready to train."""
+    config = transformer_config(run, device)
+    stages = range(run.parallel.vpp) if run.parallel.vpp > 1 else [None]
+    chunks = [build_chunk(run, config, device, vp_stage) for vp_stage in stages]
+    if run.train.compile:
+        for chunk in chunks:
+            compile_layers(chunk)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=run.parallel.overlap_grad_reduce,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        use_distributed_optimizer=run.parallel.zero1,
+        fp8_param_gather=run.train.fp8.params,
+        check_for_nan_in_grad=False,  # run.py looks at the global norm before the weights change
+    )
+    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    config.finalize_model_grads_func = _finalize
+    if run.parallel.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        if run.parallel.vpp > 1:
+            starts = [chunk.start_grad_sync for chunk in wrapped]
+            config.grad_sync_func = starts
+    if run.parallel.overlap_param_gather:
+        starts = [chunk.start_param_sync for chunk in wrapped]
+        config.param_sync_func = starts if len(starts) > 1 else starts[0]
+    return wrapped
+
+
+def _finalize(chunks, num_tokens=None, **kwargs):
+    """megatron's gradient reductions without its division by tokens: the loss was divided before the backward pass."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def compile_layers(chunk) -> None:
+    """torch.compile each layer's forward in place; parameter names stay as they are."""
+    module = chunk.module if isinstance(chunk, Float16Module) else chunk
+    for layer in module.decoder.layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def build_optimizer(run, chunks):
+    """megatron's optimizer (ChainedOptimizer) over the chunks: AdamW with fp32 master weights, ZeRO-1 if asked."""
+    optim, train = run.optim, run.train
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        fp16=train.precision == "fp16",
+        bf16=train.precision == "bf16",
+        params_dtype=DTYPES[train.precision],
+        loss_scale=optim.loss_scale or None,
+        initial_loss_scale=optim.initial_loss_scale,
+        loss_scale_window=optim.loss_scale_window,
+        use_distributed_optimizer=run.parallel.zero1,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        use_precision_aware_optimizer=optim.precision_aware,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+
+
+def one_rank(run):
+    """The same run on a single CPU rank, for conversion and comparison."""
+    from engine.config import Parallel
+
+    return run.model_copy(update={
+        "parallel": Parallel(),
+        "run": run.run.model_copy(update={"device": "cpu"}),
+        "train": run.train.model_copy(update={"precision": "fp32", "backend": "torch", "compile": False, "recompute": "none",
+                                              "fp8": type(run.train.fp8)()}),
+    })
+
+
+@torch.no_grad()
+def fill(chunk, tensors) -> None:
+    """Copy whole tensors, by GPTModel name, into an unsharded chunk.
+
+    Raises ValueError naming every missing, unexpected and misshapen tensor.
+    """
+    own = {name: value for name, value in chunk.state_dict().items() if value is not None and not name.endswith("_extra_state")}
+    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    for name in own.keys() & tensors.keys():
+        value = tensors[name]
+        if value.shape != own[name].shape:
+            problems.append(f"{name} has shape {tuple(value.shape)}, the model wants {tuple(own[name].shape)}")
+        else:
+            own[name].copy_(value)
+    if problems:
+        raise ValueError("the tensors do not fit the model: " + "; ".join(sorted(problems)))
+
+
+def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank."""
+    from engine.mcore import topology
+
+    topology.start_single()
+    run = one_rank(run)
+    chunk = build_chunk(run, transformer_config(run, "cpu"), "cpu")
+    fill(chunk, tensors)
+    chunk.eval()
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    with torch.no_grad():
+        return chunk(tokens, positions, None)[..., :run.model.vocab_size].float()
+
+
+def bare(chunk) -> GPTModel:
+    """The GPTModel inside megatron's wrappers (DDP, Float16Module)."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def config_of(chunk) -> TransformerConfig:
+    """The TransformerConfig that a wrapped chunk was built with."""
+    return chunk.config

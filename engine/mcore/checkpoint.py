@@ -1,0 +1,277 @@
+"""Checkpoints: one folder per saved step, readable under any layout.
+
+    save(model, root, position)                 # root/iter_0000100/, then root/latest_checkpointed_iteration.txt
+    position = load(model, folder, optimizer=True)
+    tensors = read_tensors(folder)              # name -> whole tensor, lazily, without process groups
+
+The tensors are megatron dist_checkpointing (torch_dist): each global tensor is stored in shards with its offsets, so another
+layout reads what it needs. Beside them lie config.yaml (the run that wrote it) and position.json (step, samples, tokens).
+A folder appears under its name only when everything in it is written.
+Left out: asynchronous saving, hashes and clean-up of old folders.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from engine.config import RunConfig, dump_config, load_config
+from engine.mcore.build import bare
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False,
+             "chained_optim_avoid_prefix": True}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or of another model; the message names the folder and the cure."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: everything that is needed to go on, beside the tensors."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+
+
+def folder_of(root: str | Path, step: int) -> Path:
+    return Path(root) / f"iter_{step:07d}"
+
+
+def find(path: str | Path) -> Path | None:
+    """The checkpoint folder that `path` means: itself, or the newest complete one below it; None if there is none."""
+    path = Path(path)
+    if (path / "metadata.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    folders = sorted(f for f in path.glob("iter_*") if f.suffix == "" and (f / "metadata.json").is_file()) if path.is_dir() else []
+    return folders[-1] if folders else None
+
+
+# --- saving and loading a model that is spread over ranks ------------------------------------------------------------
+
+
+def save(model, root: str | Path, position: Position) -> Path:
+    """Write model, optimizer, random states and position. Collective. Returns the folder."""
+    final = folder_of(root, position.step)
+    temporary = final.with_suffix(".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    state = _model_state(model)
+    if model.optimizer is not None:
+        state["optimizer"] = model.optimizer.sharded_state_dict(state, metadata=_metadata())
+        state["random"] = _random_state(model.topology)
+    dist_checkpointing.save(state, str(temporary), content_metadata=_METADATA)
+    if dist.get_rank() == 0:
+        (temporary / "config.yaml").write_text(dump_config(model.run))
+        (temporary / "position.json").write_text(json.dumps(asdict(position)))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _write_whole(Path(root) / TRACKER, f"{position.step}\n")
+    dist.barrier()
+    return final
+
+
+def load(model, folder: str | Path, optimizer: bool = True) -> Position:
+    """Fill the model (and the optimizer) from a folder written under any layout. Collective. Returns the position.
+
+    Raises CheckpointError when the folder is incomplete or holds another model.
+    """
+    folder = Path(folder)
+    written_by = read_config(folder)
+    _refuse_other_model(folder, written_by, model.run)
+    state = _model_state(model)
+    with_optimizer = optimizer and model.optimizer is not None
+    if with_optimizer:
+        state["optimizer"] = model.optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+        if _same_layout(written_by, model.run):
+            state["random"] = _random_state(model.topology)
+    loaded = dist_checkpointing.load(state, str(folder))
+    for i, chunk in enumerate(model.chunks):
+        bare(chunk).load_state_dict(loaded[f"model{i}" if len(model.chunks) > 1 else "model"])
+    if with_optimizer:
+        model.optimizer.load_state_dict(loaded["optimizer"])
+        if "random" in loaded:
+            _restore_random(loaded["random"])
+    elif model.optimizer is not None:
+        model.optimizer.reload_model_params()
+    return read_position(folder)
+
+
+def read_position(folder: str | Path) -> Position:
+    return Position(**json.loads((Path(folder) / "position.json").read_text()))
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint (a root or one iter_ folder)."""
+    found = find(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with metadata.json); check checkpoint.load")
+    return load_config(found / "config.yaml")
+
+
+def _model_state(model) -> dict:
+    names = [f"model{i}" for i in range(len(model.chunks))] if len(model.chunks) > 1 else ["model"]
+    return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, map(bare, model.chunks))}
+
+
+def _metadata() -> dict:
+    return {**_METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _random_state(topology) -> ShardedObject:
+    """torch's and megatron's generators; dp ranks share theirs, tp and pp ranks each have their own."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if topology.device == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    where = (topology.pp_rank, topology.tp_rank)
+    return ShardedObject("random", state, (topology.pp, topology.tp), where, replica_id=mpu.get_data_parallel_rank(with_context_parallel=True))
+
+
+def _restore_random(state) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _same_layout(one: RunConfig, other: RunConfig) -> bool:
+    return (one.parallel.tp, one.parallel.pp, one.parallel.vpp) == (other.parallel.tp, other.parallel.pp, other.parallel.vpp)
+
+
+def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig) -> None:
+    shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_heads", "head_size", "padded_vocab_size",
+             "norm", "activation", "position", "tie_embeddings", "qkv_bias", "linear_bias", "qk_norm", "moe_ffn_hidden_size")
+    pairs = [(f"model.{name}", getattr(written.model, name), getattr(wanted.model, name)) for name in shape]
+    pairs += [("model.moe.num_experts", written.model.moe.num_experts, wanted.model.moe.num_experts)]
+    differing = [f"{name} is {ours}, the checkpoint has {theirs}" for name, theirs, ours in pairs if theirs != ours]
+    if differing:
+        raise CheckpointError(f"{folder} holds another model: {'; '.join(differing)}. Give the checkpoint's sizes or another checkpoint.load")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# --- whole tensors, one process ---------------------------------------------------------------------------------------
+
+
+class Tensors(Mapping):
+    """Whole parameters of a checkpoint by their GPTModel names, each read when asked for."""
+
+    def __init__(self, folder: Path):
+        from torch.distributed.checkpoint import FileSystemReader
+
+        self.folder = folder
+        self.stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        self.places = dict(_places(read_config(folder).model, self.stored))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        key, index = self.places[name]
+        return self._stacked(key)[index]
+
+    def _stacked(self, key: str) -> torch.Tensor:
+        """A stored tensor; all layers of one matrix lie in it, so the last one read is kept."""
+        if getattr(self, "_last", (None,))[0] != key:
+            import torch.distributed.checkpoint as dcp
+
+            stored = self.stored[key]
+            tensor = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
+            dcp.load(tensor, checkpoint_id=self.folder, no_dist=True)
+            self._last = (key, tensor[key])
+        return self._last[1]
+
+
+def read_tensors(path: str | Path) -> Tensors:
+    """Whole parameters of a checkpoint (root or iter_ folder), under the names of GPTModel.state_dict() on one rank."""
+    folder = find(path)
+    if folder is None:
+        raise CheckpointError(f"{path} holds no complete checkpoint")
+    return Tensors(folder)
+
+
+def _places(model, stored) -> Iterator[tuple[str, tuple[str, tuple]]]:
+    """Name on one rank -> (stored key, index into its leading axes).
+
+    Layers of equal kind are stacked along a first axis; when dense and MoE layers mix, each layer has a key of its own.
+    Experts are stacked along the next axis.
+    """
+    for key, entry in stored.items():
+        if not hasattr(entry, "size") or key.startswith("optimizer") or key.endswith("_extra_state"):
+            continue
+        name = _unfused(key)
+        head, dot, tail = name.partition("decoder.layers.")
+        if not dot:
+            yield name, (key, ())
+        elif tail.split(".")[0].isdigit():
+            layer, rest = tail.split(".", 1)
+            yield from _experts_of(f"decoder.layers.{layer}.{rest}", key, (), model.moe.num_experts)
+        else:
+            for layer in range(entry.size[0]):
+                yield from _experts_of(f"decoder.layers.{layer}.{tail}", key, (layer,), model.moe.num_experts)
+
+
+def _unfused(key: str) -> str:
+    """The norm before a linear layer is stored under the te backend's name, as part of that layer."""
+    return key.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
+        "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+
+
+def _experts_of(name: str, key: str, index: tuple, num_experts: int):
+    if ".experts.experts." not in name:
+        yield name, (key, index)
+        return
+    for expert in range(num_experts):
+        yield name.replace(".experts.experts.", f".experts.local_experts.{expert}."), (key, (*index, expert))
+
+
+def write_tensors(root: str | Path, run: RunConfig, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write whole parameters as a checkpoint at step 0 (no optimizer). Runs on one CPU rank and starts it if needed."""
+    from engine.mcore import build, topology
+
+    place = topology.start_single()
+    one_rank = build.one_rank(run)
+    chunk = build.build_chunk(one_rank, build.transformer_config(one_rank, "cpu"), "cpu")
+    build.fill(chunk, tensors)
+
+    class _Bare:
+        run, chunks, optimizer, topology = one_rank, [chunk], None, place
+
+    return save(_Bare, root, Position())
+
+
+def local_shards(model) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
+    """(key, global shape, offset, values) of every parameter shard this rank holds, for comparing layouts."""
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    from engine.mcore.build import sharded_tensors
+
+    state = _model_state(model)
+    apply_factories(state)
+    return [(s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().clone().view([1] * s.prepend_axis_num + list(s.local_shape)))
+            for s in sharded_tensors(state)]

@@ -1,0 +1,226 @@
+"""One network on the grid of ranks: forward and backward through megatron's schedules, gradients, optimizer step, scoring.
+
+    model = ParallelModel(run, topology, stage, "policy")
+    result = model.forward_backward(micro_batches)      # loss and metrics of the global batch, equal on every rank
+    norm = model.step(lr)                               # reduce, clip, update; None when fp16 skipped the step
+
+A micro-batch enters as [b, s] tensors, the same on every tp, pp and cp rank of a dp replica. This file cuts it for context
+parallel, runs GPTModel, brings the log-probabilities back to [b, s] and hands them to the stage's loss.
+The loss is divided by the global count before the backward pass, so gradients need no scaling afterwards and fp16 sees
+sensible numbers. Left out: which samples, and when to stop (engine/train.py).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from engine.mcore import build, masks
+
+
+@dataclass(frozen=True)
+class Result:
+    """Sums over the global batch, equal on every rank. loss = sum / count; metrics: name -> mean."""
+
+    loss: float
+    count: float
+    metrics: dict[str, float]
+
+
+class NonFiniteGradient(ValueError):
+    """The global gradient norm is NaN or infinite; no weight was changed."""
+
+
+class ParallelModel:
+    """One role of a stage, split over the ranks that `topology` describes."""
+
+    def __init__(self, run, topology, stage, role: str, train: bool = True):
+        self.run, self.topology, self.stage, self.role = run, topology, stage, role
+        self.on_te = build.backend_of(run, topology.device) == "te"
+        if self.on_te:
+            from engine.mcore import spec_te
+
+            spec_te.check(run)
+        self.chunks = build.build_model(run, topology.device)
+        self.config = build.config_of(self.chunks[0])
+        self.optimizer = build.build_optimizer(run, self.chunks) if train else None
+        self._forward_backward = get_forward_backward_func()
+        self._metric_names: list[str] | None = None
+        self._aux_divisor = 1.0
+        if train:
+            self.config.grad_scale_func = self._scale_loss
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, micro_batches: list[dict]) -> Result:
+        """Gradients of one global batch, accumulated over this replica's micro-batches. Weights stay."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(micro_batches, forward_only=False)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float | None:
+        """Update the weights with learning rate lr. Returns the gradient norm before clipping, or None if fp16 overflowed and
+        the step was skipped. Raises NonFiniteGradient, weights unchanged, when fp32 or bf16 gradients are not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        if self.optimizer.prepare_grads():
+            return None
+        norm = float(self.optimizer.get_grad_norm())
+        if not norm < float("inf"):
+            raise NonFiniteGradient(f"the gradient norm is {norm}")
+        self._clip(norm)
+        self.optimizer.step_with_ready_grads()
+        for parameter in self._fp32_parameters:
+            parameter.grad = None  # it aliases main_grad; kept, the next first micro-batch would be counted twice
+        return norm
+
+    def gather_weights(self) -> None:
+        """Complete the weights of this rank before they are read outside a forward pass: with overlap_param_gather the next
+        forward would gather them."""
+        if self.run.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _clip(self, norm: float) -> None:
+        limit = self.run.optim.clip_grad
+        if not limit:
+            return
+        for optimizer in self.optimizer.chained_optimizers:
+            parameters = [] if optimizer.is_stub_optimizer else optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm,
+                                             use_decoupled_grad=optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+
+    @property
+    def _fp32_parameters(self):
+        if self.run.train.precision != "fp32":
+            return []
+        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.optimizer.get_loss_scale())
+
+    def _scale_loss(self, loss):
+        # megatron applies this to the loss and to the MoE auxiliary losses alike; see _loss for the other half.
+        return loss * (self.optimizer.get_loss_scale() / self._aux_divisor)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[dict]) -> Result:
+        """Loss and metrics without gradients."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(micro_batches, forward_only=True)
+
+    # --- one pass through the schedule ------------------------------------------------------------------------------
+
+    def _run(self, micro_batches: list[dict], forward_only: bool) -> Result:
+        batches = [self._place(batch) for batch in micro_batches]
+        count = self._global_count(batches)
+        self._aux_divisor = self._tokens_for_aux(batches)
+        self.num_microbatches = len(batches)
+        shape = batches[0]["tokens"].shape
+        outputs = self._forward_backward(
+            forward_step_func=partial(self._forward_step, count=count),
+            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            forward_only=forward_only,
+        )
+        return self._reduce(outputs, count)
+
+    def _place(self, batch: dict) -> dict:
+        """The micro-batch on this rank's device."""
+        if self.on_te and "segment_ids" in batch:
+            from engine.mcore.spec_te import document_bounds
+
+            batch = {**batch, **document_bounds(batch["segment_ids"])}
+        # max_document stays on the host: it is an argument of a kernel launch, not an operand.
+        return {name: t if name == "max_document" else t.to(self.topology.device, non_blocking=True) for name, t in batch.items()}
+
+    def _global_count(self, batches) -> torch.Tensor:
+        count = sum(self.stage.count(self.role, batch) for batch in batches).float().reshape(1)
+        dist.all_reduce(count, group=mpu.get_data_parallel_group())
+        return count
+
+    def _tokens_for_aux(self, batches) -> float:
+        """Tokens of the global batch per tp and cp rank: what turns megatron's per-token auxiliary losses into a mean.
+
+        Its router multiplies each auxiliary loss by the tokens one rank holds; summed over tp, cp and dp ranks and
+        micro-batches that is this number times the mean over micro-batches, whatever unit the stage's loss counts in.
+        """
+        if not self.run.model.moe.num_experts:
+            return 1.0
+        t = self.topology
+        return sum(batch["tokens"].numel() for batch in batches) * t.dp / (t.tp * t.cp)
+
+    def _forward_step(self, data_iterator, chunk, count):
+        full = next(data_iterator)
+        seq_len = full["tokens"].size(1)
+        t = self.topology
+        batch = masks.shard(full, seq_len, t.cp_rank, t.cp)
+        nll = chunk(
+            batch["tokens"],
+            batch["position_ids"],
+            labels=batch["labels"],
+            **self._attention(full, seq_len),
+        )
+        return nll, partial(self._loss, full, count)
+
+    def _attention(self, full, seq_len) -> dict:
+        if self.on_te:
+            from engine.mcore.spec_te import attention_inputs
+
+            return attention_inputs(full)
+        t = self.topology
+        return dict(attention_mask=masks.document_mask(full.get("segment_ids"), seq_len, t.cp_rank, t.cp, full["tokens"].device))
+
+    def _loss(self, batch, count, nll):
+        """nll [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
+        logp = -nll.float()
+        if self.topology.cp > 1:
+            # Backward keeps this rank's slice only: every cp rank computes the whole loss.
+            gathered = gather_from_sequence_parallel_region(logp.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
+                                                            group=mpu.get_context_parallel_group())
+            logp = masks.unshard(gathered.transpose(0, 1), self.topology.cp)
+        loss = self.stage.loss(self.role, logp, batch)
+        report = {"loss": (loss.sum.detach().clone(), torch.zeros_like(count)), **loss.metrics}  # clone: the schedule divides in place
+        return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=nll.device), report
+
+    # --- reporting --------------------------------------------------------------------------------------------------
+
+    def _reduce(self, outputs: list[dict], count) -> Result:
+        """Sum the last pp rank's reports over micro-batches and dp, and tell every pp rank."""
+        names = self._names(outputs)
+        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=count.device)
+        for report in outputs:
+            for row, name in enumerate(names):
+                sums[row] += torch.stack([torch.as_tensor(x, device=count.device).double().reshape(()) for x in report[name]])
+        dist.all_reduce(sums, group=mpu.get_data_parallel_group())
+        if self.topology.pp > 1:
+            dist.all_reduce(sums, group=mpu.get_pipeline_model_parallel_group())
+        values = sums.tolist()
+        metrics = {name: total / n if n else float("nan") for name, (total, n) in zip(names[1:], values[1:])}
+        return Result(loss=values[0][0] / float(count), count=float(count), metrics=metrics)
+
+    def _names(self, outputs) -> list[str]:
+        """Names of the reports, known on the last pp rank only, told to the others once."""
+        if self._metric_names is None:
+            names = [list(outputs[0]) if outputs else []]
+            if self.topology.pp > 1:
+                dist.broadcast_object_list(names, src=mpu.get_pipeline_model_parallel_last_rank(),
+                                           group=mpu.get_pipeline_model_parallel_group())
+            self._metric_names = names[0]
+        return self._metric_names

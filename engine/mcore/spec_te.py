@@ -1,0 +1,59 @@
+"""The `te` layer backend: Transformer Engine's fused layers on a GPU, FP8 included.
+
+    spec = block_spec(config, model, vp_stage)     # what GPTModel takes as transformer_layer_spec
+    check(run)                                     # what this backend cannot do, said before anything is built
+
+megatron has the specs; this file chooses them layer by layer and gives document masks in the form that Transformer Engine
+takes: all documents of a micro-batch end to end (thd), with their boundaries, instead of a mask.
+Left out: document masks under context parallel (thd needs every document padded to 2 * cp; the torch backend has masks there).
+"""
+
+import torch
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+
+def check(run) -> None:
+    """Raises ValueError for what the te backend cannot do."""
+    if run.data.reset_at_eod and run.train.micro_batch > 1:
+        raise ValueError(f"the te backend takes document masks with train.micro_batch=1, not {run.train.micro_batch}: documents are laid "
+                         "end to end anyway; set micro_batch=1 with a longer seq_len, or train.backend=torch")
+    if run.data.reset_at_eod and run.parallel.cp > 1:
+        raise ValueError(f"the te backend has no document masks under context parallel (parallel.cp={run.parallel.cp}); set cp=1, "
+                         "data.reset_at_eod=false, or train.backend=torch")
+
+
+def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
+    dense = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    moe = dense
+    if config.num_moe_experts:
+        moe = get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
+                                                         qk_layernorm=config.qk_layernorm)
+    specs = [moe if is_moe else dense for is_moe in model.moe_layers]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=specs[first:first + count], layer_norm=TENorm)
+
+
+def document_bounds(segment_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where documents begin, for attention_inputs; computed on the host, so that no step waits for the device.
+
+    segment_ids [1, s] -> cu_seqlens int32 [documents + 1], and the longest document's length (a host scalar).
+    """
+    ids = segment_ids[0]
+    starts = torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1
+    bounds = torch.cat([starts.new_zeros(1), starts, starts.new_tensor([ids.numel()])]).int()
+    return {"cu_seqlens": bounds, "max_document": bounds.diff().max()}
+
+
+def attention_inputs(batch: dict) -> dict:
+    """GPTModel's arguments that say who sees whom: plain causal, or documents end to end."""
+    if "cu_seqlens" not in batch:
+        return dict(attention_mask=None)
+    bounds, longest = batch["cu_seqlens"], int(batch["max_document"])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return dict(attention_mask=None, packed_seq_params=packed)

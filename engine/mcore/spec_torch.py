@@ -1,0 +1,160 @@
+"""The `torch` layer backend: megatron's transformer layer built from modules that run on any device.
+
+    spec = block_spec(config, model, vp_stage)     # what GPTModel takes as transformer_layer_spec
+
+Megatron supplies the linear layers, the MLP, the router, the dispatcher and the layer itself; here are the parts it only has
+for CUDA: normalisation that works under sequence parallel, and attention by torch's scaled_dot_product_attention with
+grouped-query heads, document masks, sliding windows and context parallel.
+Left out: attention sinks and softcaps (no kernel of SDPA has them), FP8 (spec_te.py).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.utils import is_layer_window_attention
+
+
+def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
+    dense, moe = _layer_spec(config, None), _layer_spec(config, config.num_moe_experts) if config.num_moe_experts else None
+    specs = [moe if is_moe else dense for is_moe in model.moe_layers]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=specs[first:first + count], layer_norm=Norm)
+
+
+class TorchBackend(BackendSpecProvider):
+    """Which class stands for each part of a layer."""
+
+    def column_parallel_linear(self):
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self):
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self):
+        return False
+
+    def column_parallel_layer_norm_linear(self):
+        return None
+
+    def layer_norm(self, rms_norm=False, for_qk=False):
+        return Norm
+
+    def core_attention(self):
+        return Attention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+    def activation_func(self):
+        return None
+
+
+def _layer_spec(config, num_experts) -> ModuleSpec:
+    backend = TorchBackend()
+    qk_norm = Norm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm, k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
+            mlp_bda=get_bias_dropout_add,
+            # The te backend fuses each norm into the linear layer behind it; same names make checkpoints interchangeable.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                **({} if num_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
+            },
+        ),
+    )
+
+
+class Norm:
+    """RMSNorm or LayerNorm as config.normalization says."""
+
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_):
+        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        norm = kind(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            # Each tp rank sees a slice of the sequence, so megatron must sum these gradients over tp.
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class Attention(MegatronModule):
+    """softmax(q k^T / sqrt(d)) v for the heads of this tp rank.
+
+    attention_mask: None for plain causal attention, or bool [batch, 1, queries, keys], True where a query may look;
+    `engine/mcore/masks.py` builds it, in the key order that context parallel gathers (see there).
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
+                 cp_comm_type=None, pg_collection=None):
+        super().__init__(config=config)
+        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+        self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else 0  # tokens seen, itself included
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+        """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
+        assert attention_bias is None and packed_seq_params is None, "the torch backend takes document masks, not packed sequences"
+        if self.cp_group is not None:
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        mask, is_causal = self._mask(attention_mask, q.size(2), k.size(2), q.device)
+        dropout = self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else _no_context():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale,
+                                                 enable_gqa=q.size(1) != k.size(1))
+        return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
+
+    def _mask(self, mask, num_queries: int, num_keys: int, device):
+        """(mask, is_causal) for SDPA. Fewer queries than keys means decoding with a key cache: the queries are the last ones."""
+        if self.window and mask is None:
+            positions = torch.arange(num_keys, device=device)
+            distance = positions[num_keys - num_queries:, None] - positions[None, :]
+            return (distance >= 0) & (distance < self.window), False
+        if mask is None:
+            if num_queries == num_keys:
+                return None, num_queries > 1
+            return (None if num_queries == 1 else torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
+                num_keys - num_queries)), False
+        if isinstance(mask, tuple):
+            mask = mask[0]
+        if self.window:
+            from engine.mcore.masks import distances
+
+            mask = mask & (distances(num_queries, num_keys, self.cp_group, device) < self.window)
+        return mask, False
+
+
+def _no_context():
+    import contextlib
+
+    return contextlib.nullcontext()

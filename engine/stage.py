@@ -1,0 +1,75 @@
+"""The Stage protocol: what one training stage is, said in tensors of shape [batch, seq].
+
+A stage says which networks it needs (roles), where its data comes from, how a batch is prepared, and what is minimised.
+It never sees logits, ranks, shards or process groups; `engine/mcore/run.py` brings each role's output to the full sequence
+before calling `loss`. One stage is one file of `engine/stages/`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Batch = dict[str, Tensor]  # `tokens` and `labels` int64 [b, s], `loss_mask` fp32 [b, s], and what the stage adds
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch adds to the loss: a sum, divided once by the count of the whole global batch.
+
+    sum: differentiable scalar. metrics: name -> (sum, count), each divided once likewise.
+    """
+
+    sum: Tensor
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Role:
+    """One network a stage needs."""
+
+    head: Literal["tokens", "scalar"] = "tokens"
+    """tokens: the log-probability of each label; scalar: one value per token."""
+    train: bool = True
+    """False: no gradients."""
+    init: str = "load"
+    """A checkpoint key of the configuration, or the name of another role to copy."""
+
+
+class Dataset(Protocol):
+    """Samples by number; the whole state of reading is the number of samples consumed."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, sample_numbers) -> Batch:
+        """The samples with these numbers (int64 array [b]), in this order."""
+
+
+class Model(Protocol):
+    """What `prepare` may ask of a role. Collective: every rank calls, every rank gets the same answer."""
+
+    def score(self, batch: Batch) -> Tensor:
+        """The role's output [b, s] in fp32, without gradients."""
+
+
+class Stage(Protocol):
+    """See engine/stages/pretrain.py for the shortest one."""
+
+    roles: Mapping[str, Role]
+
+    def configure(self, run):
+        """The RunConfig this stage really runs with; called before anything is built."""
+
+    def datasets(self, run, num_train: int, num_valid: int) -> tuple[Dataset, Mapping[str, Dataset]]:
+        """The training set with at least num_train samples, and the validation sets by name."""
+
+    def prepare(self, micro_batches: list[Batch], models: Mapping[str, Model]) -> Iterator[list[Batch]]:
+        """What to train on, from one global batch: micro-batches, one optimizer step per list yielded. Without gradients."""
+
+    def count(self, role: str, batch: Batch) -> Tensor:
+        """What `loss` sums over in this micro-batch: tokens, pairs or sequences. Known from the batch alone, because the
+        engine divides before the backward pass; that keeps auxiliary losses of MoE routers independent of the unit."""
+
+    def loss(self, role: str, output: Tensor, batch: Batch) -> Loss:
+        """The loss of one micro-batch, from the role's output [b, s] (fp32). Last pp rank only; no collectives."""

@@ -1,0 +1,28 @@
+"""Pretraining: predict every next token of a corpus.
+
+A sample is seq_len + 1 neighbouring tokens of the shuffled corpus; tokens are the first seq_len, labels the last.
+The loss is the sum of -log p(label) over unmasked tokens; the engine divides it by their number in the global batch.
+"""
+
+from engine.data.pretraining import datasets as pretraining_datasets
+from engine.stage import Loss, Role
+
+
+class Pretrain:
+    roles = {"policy": Role()}
+
+    def configure(self, run):
+        return run
+
+    def datasets(self, run, num_train, num_valid):
+        return pretraining_datasets(run, num_train, num_valid)
+
+    def prepare(self, micro_batches, models):
+        yield micro_batches
+
+    def count(self, role, batch):
+        return batch["loss_mask"].sum()
+
+    def loss(self, role, output, batch):
+        nll = -(output * batch["loss_mask"]).sum()  # output: log p(label) [b, s]
+        return Loss(sum=nll)

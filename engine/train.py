@@ -1,0 +1,244 @@
+"""READ FIRST: the one loop. Build, load, then for each global batch: prepare, train, log, validate, save.
+
+    code = train(run)        # on every rank; run is a RunConfig from engine/config.py
+
+Everything below is the same for every stage and every layout: a stage (engine/stages/) says what the data and the loss are,
+engine/mcore/ spreads a network over ranks, engine/data/ turns a sample number into tensors. The state of a run is its
+networks and one Position. Left out on purpose: branches for features; they live in a stage, the log or a helper below.
+"""
+
+import gc
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from engine import metrics, schedule
+from engine.data.loader import Loader, Prefetcher
+from engine.log import RunLog
+from engine.mcore import checkpoint, observe, topology
+from engine.mcore.checkpoint import Position
+from engine.mcore.run import NonFiniteGradient, ParallelModel
+from engine.stages import build_stage
+
+
+def train(run) -> Position:
+    """Train one stage to its end on every rank of the process group. Returns where it stopped.
+
+    Raises ValueError (ConfigError, DataError, CheckpointError, TrainingStopped among them) for what a person must mend.
+    """
+    stage = build_stage(run.stage)
+    run = stage.configure(run)
+    place = topology.start(run)
+    log = RunLog(run, place.rank, place.world_size, place.dp)
+    try:
+        position = _train(run, stage, place, log)
+        log.close("done")
+        return position
+    except BaseException as error:
+        log.close("failed", str(error) or type(error).__name__)
+        raise
+
+
+def _train(run, stage, place, log) -> Position:
+    log.note(f"{place}, {place.device}, {run.train.precision}")
+    models = {name: ParallelModel(run, place, stage, name, role.train) for name, role in stage.roles.items()}
+    trained = [model for name, model in models.items() if stage.roles[name].train]
+    position = _start_position(run, trained[0], log)
+    loader, validation = _loaders(run, stage, place)
+    log.resume(position.step)
+    clock = Clock(run, position)
+    saved = position.step
+
+    for micro_batches in _feed(run, loader, position):
+        lr = schedule.learning_rate(position.step + 1, run.optim, run.schedule, run.train.steps)
+        for batch in stage.prepare(micro_batches, models):
+            for model in trained:
+                result = model.forward_backward(batch)
+                _refuse_nan(result.loss, "loss", position, run)
+                norm = _step(model, lr, position, run)
+        position = _advance(position, run)
+        log.step(_record(run, place, position, result, norm, lr, clock.lap(), trained[0]))
+        if _due(run.train.eval_every, position.step):
+            _validate(trained[0], validation, position, run, log)
+        if _due(run.checkpoint.save_every, position.step):
+            saved = _save(trained[0], run, position, log)
+        if clock.is_over(position):
+            break
+
+    if run.train.eval_samples and not _due(run.train.eval_every, position.step):
+        _validate(trained[0], validation, position, run, log)
+    if run.checkpoint.save_at_end and saved != position.step:
+        _save(trained[0], run, position, log)
+    return position
+
+
+class TrainingStopped(ValueError):
+    """Training cannot go on without a person; no weight was changed by the step that is named."""
+
+
+# --- the parts of the loop, in the order in which it calls them -------------------------------------------------------
+
+
+def _start_position(run, model, log) -> Position:
+    """Resume run.dir when it holds a checkpoint, else start from checkpoint.load, else from nothing."""
+    own = checkpoint.find(Path(run.run.dir) / "checkpoints")
+    if own is not None:
+        position = checkpoint.load(model, own)
+        log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
+        return position
+    if not run.checkpoint.load:
+        return Position()
+    folder = checkpoint.find(run.checkpoint.load)
+    if folder is None:
+        raise checkpoint.CheckpointError(f"checkpoint.load={run.checkpoint.load} holds no complete checkpoint (iter_*/metadata.json)")
+    position = checkpoint.load(model, folder, optimizer=run.checkpoint.load_optimizer)
+    log.note(f"loaded {folder}" + ("" if run.checkpoint.load_optimizer else ", weights only"))
+    return position if run.checkpoint.load_optimizer else Position()
+
+
+def _loaders(run, stage, place) -> tuple[Loader, dict[str, Loader]]:
+    """The training loader, long enough for every planned step, and one per validation set."""
+    num_train = schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train)
+    train, valid = stage.datasets(run, num_train, _num_valid(run))
+    loader = lambda dataset: Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp)  # noqa: E731
+    return loader(train), {name: loader(dataset) for name, dataset in valid.items()}
+
+
+def _num_valid(run) -> int:
+    """train.eval_samples in whole global batches."""
+    return math.ceil(run.train.eval_samples / run.train.global_batch) * run.train.global_batch
+
+
+def _feed(run, loader, position: Position):
+    """This replica's micro-batches, one global batch after another, from `position` on."""
+    positions = _positions(run, position)
+    if not run.data.prefetch:
+        yield from (loader.batches(*where) for where in positions)
+        return
+    with Prefetcher(loader, positions) as ahead:
+        yield from ahead
+
+
+def _positions(run, position: Position):
+    consumed = position.consumed_samples
+    for _ in range(position.step, schedule.planned_steps(run.train)):
+        size = schedule.global_batch(consumed, run.train)
+        yield consumed, size
+        consumed += size
+
+
+def _advance(position: Position, run) -> Position:
+    size = schedule.global_batch(position.consumed_samples, run.train)
+    return Position(position.step + 1, position.consumed_samples + size, position.tokens + size * run.train.seq_len)
+
+
+def _step(model, lr: float, position: Position, run) -> float | None:
+    try:
+        return model.step(lr)
+    except NonFiniteGradient as error:
+        raise _stopped(str(error), position, run) from None
+
+
+def _refuse_nan(value: float, what: str, position: Position, run) -> None:
+    if not math.isfinite(value):
+        raise _stopped(f"the {what} is {value}", position, run)
+
+
+def _stopped(what: str, position: Position, run) -> TrainingStopped:
+    first = position.consumed_samples
+    last = first + schedule.global_batch(first, run.train) - 1
+    return TrainingStopped(f"step {position.step + 1}: {what} on samples {first} to {last}; the weights are those of step {position.step}. "
+                           "Lower optim.lr, look at these samples (data_tools/peek.py), or resume from an earlier checkpoint")
+
+
+def _record(run, place, position: Position, result, norm, lr: float, seconds: float, model) -> dict:
+    """One line of metrics.jsonl."""
+    samples = schedule.global_batch(position.consumed_samples - 1, run.train)
+    tokens = samples * run.train.seq_len
+    tflops = metrics.tflops_per_device(metrics.step_flops(run.model, run.train.seq_len, samples), seconds, place.world_size)
+    record = {
+        "step": position.step,
+        "loss": result.loss,
+        "grad_norm": float("nan") if norm is None else norm,
+        "lr": lr,
+        "consumed_samples": position.consumed_samples,
+        "tokens": tokens,
+        "step_time_s": seconds,
+        "tokens_per_s": tokens / seconds,
+        "global_batch": samples,
+        "tflops_per_device": tflops,
+        "peak_memory_gib": metrics.peak_memory_gib(),
+        "skipped": norm is None,
+        **result.metrics,
+    }
+    utilisation = metrics.mfu(tflops, _peak_tflops(run, place))
+    if utilisation is not None:
+        record["mfu"] = utilisation
+    if run.train.precision == "fp16":
+        record["loss_scale"] = model.loss_scale
+    if run.model.moe.num_experts:
+        record["moe"] = observe.moe_losses(model)
+    if run.log.norms:
+        record["norms"] = observe.layer_norms(model)
+    return record
+
+
+def _peak_tflops(run, place) -> float | None:
+    if run.log.peak_tflops:
+        return run.log.peak_tflops
+    return metrics.peak_tflops(torch.cuda.get_device_name(), run.train.fp8.recipe != "none") if place.device == "cuda" else None
+
+
+def _validate(model, loaders, position: Position, run, log) -> None:
+    """Mean loss over train.eval_samples of each validation set."""
+    for name, loader in loaders.items():
+        total = count = 0.0
+        for first in range(0, _num_valid(run), run.train.global_batch):
+            result = model.evaluate(loader.batches(first, run.train.global_batch))
+            total, count = total + result.loss * result.count, count + result.count
+        log.validation(name, position.step, total / count)
+
+
+def _save(model, run, position: Position, log) -> int:
+    folder = checkpoint.save(model, Path(run.run.dir) / "checkpoints", position)
+    log.note(f"saved {folder}")
+    return position.step
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@dataclass
+class Clock:
+    """Time per step, the wall-clock and token limits, and garbage collection at a fixed beat."""
+
+    run: object
+    position: Position
+
+    def __post_init__(self):
+        self.started = self.last = time.monotonic()
+        if self.run.train.manual_gc:
+            gc.disable()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def is_over(self, position: Position) -> bool:
+        """True, on every rank alike, when train.max_minutes have passed."""
+        if self.run.train.manual_gc and position.step % self.run.train.manual_gc == 0:
+            gc.collect(1)
+        if not self.run.train.max_minutes:
+            return False
+        over = torch.tensor([float(time.monotonic() - self.started > 60 * self.run.train.max_minutes)])
+        if dist.get_backend() == "nccl":
+            over = over.cuda()
+        dist.broadcast(over, src=0)  # the ranks' clocks differ; rank 0 decides
+        return bool(over.item())

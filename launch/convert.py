@@ -1,0 +1,133 @@
+"""Convert between a Hugging Face folder and a checkpoint of the engine, and prove it by comparing logits.
+
+    python launch/convert.py from-hf HF_DIR CKPT_DIR      safetensors -> a checkpoint that checkpoint.load takes
+    python launch/convert.py to-hf CKPT_DIR HF_DIR        a checkpoint -> a folder that transformers loads
+
+The result is written under another name, the engine's logits are compared with transformers' on a few prompts (fp32, one CPU
+process), and only then does it get its name; above the tolerance it stays as NAME.failed. One process converts; memory must hold
+the model twice in fp32 for the comparison.
+Exit codes: 0 done, 1 the conversion or the comparison failed, 2 usage or configuration.
+Left out: parallel conversion, and LoRA or quantised folders.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    from_hf = commands.add_parser("from-hf", help="Hugging Face folder -> checkpoint")
+    from_hf.add_argument("source", metavar="HF_DIR", type=Path, help="folder with config.json and safetensors")
+    from_hf.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
+    to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
+    to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
+    to_hf.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write; must not exist")
+    to_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: the checkpoint's own")
+    to_hf.add_argument("--tokenizer", metavar="DIR", type=Path, help="copy the tokenizer from here, not from data.tokenizer")
+    to_hf.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file in GB (default 5)")
+    for command in (from_hf, to_hf):
+        command.add_argument("--tolerance", type=float, default=1e-4,
+                             help="largest difference of logits, as a share of the largest logit (default 1e-4)")
+    args = parser.parse_args(argv)
+    if not args.source.is_dir():
+        parser.error(f"there is no folder {args.source}")
+    if args.target.exists():
+        parser.error(f"{args.target} exists already; name another folder or remove it")
+    if args.tolerance <= 0 or (args.command == "to-hf" and args.shard_gb <= 0):
+        parser.error("--tolerance and --shard-gb must be positive")
+    return args
+
+
+def from_hf(args: argparse.Namespace) -> str:
+    """HF_DIR -> CKPT_DIR; returns the verdict of the comparison."""
+    from engine.hf import FAMILIES
+    from engine.hf.convert import run_of
+    from engine.hf.load import open_hf
+
+    hf, tensors = open_hf(args.source)
+    run = run_of(hf, tensors, args.source, args.target)
+    checkpoint = engine_checkpoints()
+    draft = sibling(args.target, "unverified")
+    checkpoint.write_tensors(draft, run, dict(FAMILIES[run.model.family].from_hf(run.model, tensors)))
+    return settle(args, draft, lambda: compare(run, checkpoint.read_tensors(draft), args.source, args.tolerance))
+
+
+def to_hf(args: argparse.Namespace) -> str:
+    """CKPT_DIR -> HF_DIR; returns the verdict of the comparison."""
+    from engine.hf.convert import Rounded
+    from engine.hf.export import export, write_card
+
+    checkpoint = engine_checkpoints()
+    run, tensors = checkpoint.read_config(args.source), checkpoint.read_tensors(args.source)
+    draft = sibling(args.target, "unverified")
+    export(run, tensors, draft, args.dtype, args.tokenizer, args.shard_gb * 1e9)
+
+    def check() -> str:
+        # Rounded as the folder is: the comparison judges the conversion, not the dtype that was asked for.
+        verdict = compare(run, Rounded(tensors, args.dtype), draft, args.tolerance)
+        write_card(draft, run, args.target.name, verification=verdict)
+        return verdict
+
+    return settle(args, draft, check)
+
+
+def engine_checkpoints():
+    """engine.mcore.checkpoint, on one CPU rank; the rank comes first, for megatron must not be imported before it."""
+    from engine.mcore import topology
+
+    topology.start_single()
+    from engine.mcore import checkpoint
+
+    return checkpoint
+
+
+def compare(run, tensors, folder: Path, tolerance: float) -> str:
+    """The engine's logits against those of transformers on `folder`."""
+    from engine.hf.convert import in_fp32
+    from engine.hf.verify import agreement, prompts, transformers_logits
+    from engine.mcore.build import single_rank_logits
+
+    tokens = prompts(run.model)
+    return agreement(single_rank_logits(in_fp32(run), tensors, tokens), transformers_logits(folder, tokens), tolerance)
+
+
+def sibling(target: Path, suffix: str) -> Path:
+    """A fresh path beside `target`; what an earlier attempt left there goes."""
+    import shutil
+
+    path = target.with_name(f"{target.name}.{suffix}")
+    if path.exists():
+        shutil.rmtree(path)
+    return path
+
+
+def settle(args: argparse.Namespace, draft: Path, check) -> str:
+    """Run the check and give `draft` its name, or put it aside as NAME.failed and raise what the check raised."""
+    try:
+        verdict = check()
+    except BaseException as error:
+        failed = sibling(args.target, "failed")
+        draft.rename(failed)
+        error.add_note(f"the unproved result is kept as {failed}")
+        raise
+    draft.rename(args.target)
+    return verdict
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        verdict = {"from-hf": from_hf, "to-hf": to_hf}[args.command](args)
+    except (ValueError, OSError) as error:  # people's mistakes; anything else is ours and keeps its traceback
+        from engine.config import ConfigError
+
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print(f"{args.target}: {verdict}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

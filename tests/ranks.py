@@ -1,0 +1,100 @@
+"""Run a function on N gloo ranks that stay up between tests.
+
+    results = ranks.run(4, function, *args)      # function(*args) on each rank; a list by rank
+
+Importing megatron costs seconds, so a fork server imports it once and each rank is a fork of it; a job on fewer ranks uses the
+first of them and only makes new process groups. A rank that raises fails the caller with every rank's traceback and the pool is
+replaced, as it is when a job takes longer than `timeout`. Functions and arguments are pickled: define functions at module level.
+"""
+
+import atexit
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from multiprocessing.connection import wait
+
+_pool: list = []
+
+
+class RankError(AssertionError):
+    """A function failed on some rank; the message holds the tracebacks."""
+
+
+def run(num_ranks: int, function, *args, timeout: float = 240.0) -> list:
+    """function(*args) on ranks 0..num_ranks-1 under torchrun's environment variables. Returns their results in rank order."""
+    _grow(num_ranks)
+    workers = _pool[:num_ranks]
+    store = tempfile.mktemp(prefix="trireme-store-")
+    for rank, (_, pipe) in enumerate(workers):
+        pipe.send((function, args, rank, num_ranks, store))
+    results, errors = {}, {}
+    while len(results) + len(errors) < num_ranks:
+        pending = [pipe for rank, (_, pipe) in enumerate(workers) if rank not in results and rank not in errors]
+        ready = wait(pending, timeout=20 if errors else timeout)
+        if not ready:
+            shutdown()
+            raise RankError(_report(errors) or f"no answer from ranks {sorted(set(range(num_ranks)) - results.keys())} in {timeout} s")
+        for rank, (_, pipe) in enumerate(workers):
+            if pipe in ready:
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, "the process died"
+                (results if ok else errors)[rank] = value
+    if errors:
+        shutdown()
+        raise RankError(_report(errors))
+    return [results[rank] for rank in range(num_ranks)]
+
+
+def shutdown() -> None:
+    """End every rank; the next run starts new ones."""
+    for process, _ in _pool:
+        process.kill()
+    for process, _ in _pool:
+        process.join()
+    _pool.clear()
+
+
+atexit.register(shutdown)
+
+
+def _report(errors: dict) -> str:
+    return "\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(errors.items()))
+
+
+def _grow(num_ranks: int) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["ranks_preload"])
+    while len(_pool) < num_ranks:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        process.start()
+        theirs.close()
+        _pool.append((process, ours))
+
+
+def _serve(pipe) -> None:
+    """A rank: wait for a job, join a world of its size, answer."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    world = None
+    while True:
+        try:
+            function, args, rank, num_ranks, store = pipe.recv()
+        except EOFError:
+            return
+        try:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+            if world is not None:
+                from engine.mcore import topology
+
+                topology.stop()
+            dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
+            world = num_ranks
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,330 @@
+"""The configuration: every refusal with its numbers and its cure, several mistakes in one go, overrides, and the round trip.
+
+Left out: that a legal configuration also trains; the trainer's tests run some.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import engine.checks
+from engine.config import ConfigError, RunConfig, dump_config, load_config, validate
+
+BASE = """
+run: {dir: runs/test}
+model: {family: llama, num_layers: 4, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 8, vocab_size: 1000}
+train: {seq_len: 64, global_batch: 16, steps: 100}
+data: {train: [corpus]}
+"""
+MOE = ["model.moe.num_experts=8"]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(overrides, world_size, text) -> RunConfig of BASE or another text."""
+    def load(overrides=(), world_size=None, text=BASE):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, list(overrides), world_size)
+    return load
+
+
+@pytest.fixture
+def problems(load):
+    """problems(...) -> the sentences that load(...) is refused with."""
+    def problems(*args, **kwargs) -> list[str]:
+        with pytest.raises(ConfigError) as refusal:
+            load(*args, **kwargs)
+        assert all(problem in str(refusal.value) for problem in refusal.value.problems)
+        return refusal.value.problems
+    return problems
+
+
+# One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
+REFUSALS = [
+    (["stage=pretran"], None, "stage=pretran is unknown; did you mean pretrain?"),
+    (["model.hidden_size=68"], None, "model.hidden_size(68) is not divisible by num_attention_heads(8); set model.head_dim or change one of them"),
+    (["model.num_query_groups=3"], None, "model.num_attention_heads(8) is not divisible by num_query_groups(3); legal num_query_groups: 1, 2, 4, 8"),
+    (["parallel.tp=16"], None, "model.num_attention_heads(8) is not divisible by parallel.tp(16); legal tp: 1, 2, 4, 8"),
+    (["parallel.tp=4", "model.num_query_groups=2"], None, "model.num_query_groups(2) is not divisible by parallel.tp(4); legal tp: 1, 2"),
+    (["parallel.tp=4", "model.ffn_hidden_size=130"], None, "model.ffn_hidden_size(130) is not divisible by parallel.tp(4); legal tp: 1, 2, 5, 10, 13, 26"),
+    (["model.head_dim=9"], None, "RoPE rotates pairs, but head_dim(9) * rope_percent(1.0) is odd; change model.head_dim"),
+    (["parallel.vpp=2"], None, "parallel.vpp(2) needs a pipeline; set parallel.pp to 2 or more, or vpp to 1"),
+    (["parallel.pp=3"], None, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4"),
+    (["parallel.tp=4", "model.vocab_pad_multiple=10", "model.vocab_size=1001"], None,
+     "model.vocab_size(1001), padded to 1010, is not divisible by parallel.tp(4); set model.vocab_pad_multiple to a multiple of 4"),
+    (["parallel.cp=3"], None, "train.seq_len(64) is not divisible by 2 * parallel.cp(3) = 6 (each rank holds two chunks); legal cp: 1, 2, 4, 8, 16, 32"),
+    (["parallel.cp=2", "parallel.tp=4", "parallel.sequence_parallel=true", "train.seq_len=36"], None,
+     "train.seq_len(36) / cp(2) is not divisible by tp(4), which sequence_parallel needs; legal tp: 1, 2, 3, 6, 9, 18"),
+    (["model.position=learned", "model.max_position=32"], None, "train.seq_len(64) exceeds model.max_position(32) of the learned positions; raise it"),
+    (["parallel.ep=2"], None, "parallel.ep(2) needs experts; set model.moe.num_experts, or ep to 1"),
+    (["parallel.etp=2"], None, "parallel.etp(2) needs experts; set model.moe.num_experts, or etp to 0"),
+    ([*MOE, "model.moe.top_k=9"], None, "model.moe.top_k(9) exceeds num_experts(8); lower top_k"),
+    ([*MOE, "parallel.ep=3"], None, "model.moe.num_experts(8) is not divisible by parallel.ep(3); legal ep: 1, 2, 4, 8"),
+    ([*MOE, "parallel.etp=4", "model.moe.ffn_hidden_size=6"], None, "expert width(6) is not divisible by parallel.etp(4); legal etp: 1, 2, 3, 6"),
+    ([*MOE, "parallel.tp=2", "parallel.sequence_parallel=true", "model.moe.shared_expert_ffn_hidden_size=9"], None,
+     "model.moe.shared_expert_ffn_hidden_size(9) is not divisible by parallel.tp(2); legal tp: 1, 3, 9"),
+    ([*MOE, "parallel.tp=2"], None, "experts under parallel.tp(2) need parallel.sequence_parallel=true"),
+    ([*MOE, "model.linear_bias=true", "model.moe.shared_expert_ffn_hidden_size=8"], None,
+     "model.linear_bias=true, but shared experts have no biases; set linear_bias=false or shared_expert_ffn_hidden_size=0"),
+    ([*MOE, "model.linear_bias=true", "parallel.etp=2"], None,
+     "model.linear_bias=true: experts with biases cannot be split over parallel.etp(2); set etp=1"),
+    ([*MOE, "model.moe.balance=aux_free"], None, "model.moe.balance=aux_free biases sigmoid scores, but model.moe.score=softmax; set score=sigmoid"),
+    ([*MOE, "model.moe.balance=sinkhorn"], None, "model.moe.balance=sinkhorn routes each token to one expert, but top_k=2; set top_k=1"),
+    ([*MOE, "model.moe.pad_to_capacity=true"], None, "model.moe.pad_to_capacity needs a capacity_factor; set model.moe.capacity_factor, 1.0 say"),
+    ([*MOE, "model.moe.first_dense_layers=4"], None,
+     "model.moe.num_experts(8) but no layer is MoE: layer_freq(1), first_dense_layers(4), num_layers(4)"),
+    (["parallel.sequence_parallel=true"], None,
+     "parallel.sequence_parallel splits over tp ranks, but parallel.tp is 1; set tp >= 2 or sequence_parallel=false"),
+    (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"], None,
+     "parallel.overlap_param_gather gathers what zero1 has split; set parallel.zero1=true"),
+    (["parallel.overlap_param_gather=true", "parallel.zero1=true"], None, "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true"),
+    (["run.device=cpu", "train.backend=te"], None, "train.backend=te needs a GPU, but run.device=cpu; set train.backend=torch"),
+    (["parallel.tp_comm_overlap=true", "train.backend=torch"], None, "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"),
+    (["train.fp8.params=true"], None, "train.fp8.params keeps parameters in FP8, but train.fp8.recipe is none; choose a recipe"),
+    (["train.fp8.recipe=delayed", "train.backend=torch"], None,
+     "train.fp8.recipe=delayed needs Transformer Engine, but train.backend=torch; set train.backend=te"),
+    (["train.fp8.recipe=mxfp8", "train.precision=fp32"], None, "train.fp8.recipe=mxfp8 works beside bf16, but train.precision=fp32; set it to bf16"),
+    (["optim.precision_aware=true"], None, "optim.precision_aware needs parallel.zero1=true"),
+    (["train.rampup={start: 32, samples: 9}"], None, "train.rampup.start(32) exceeds train.global_batch(16)"),
+    (["train.rampup={start: 4, increment: 5, samples: 9}"], None, "train.rampup: global_batch(16) - start(4) is not a multiple of increment(5)"),
+    (["train.rampup={start: 4, increment: 4}"], None, "train.rampup.samples is 0; set the samples over which the batch grows"),
+    (["schedule.warmup_steps=100"], None, "schedule.warmup_steps(100) leaves no step of the 100 to decay; lower it"),
+    (["schedule.kind=inverse_sqrt"], None, "schedule.kind=inverse_sqrt scales with warmup_steps, which is 0; set it to 1 or more"),
+    (["schedule.init_lr=1", "schedule.warmup_steps=3"], None,
+     "schedule.init_lr(1.0) exceeds optim.lr(0.0003), so the warm-up would fall; lower init_lr"),
+    (["schedule.min_lr=0.1"], None, "schedule.min_lr(0.1) exceeds optim.lr(0.0003); lower it"),
+    (["schedule.kind=wsd"], None, "schedule.kind=wsd needs schedule.wsd_decay_steps, the length of the final decay"),
+    (["schedule.kind=wsd", "schedule.wsd_decay_steps=99", "schedule.warmup_steps=2"], None,
+     "schedule.wsd_decay_steps(99) + warmup_steps(2) exceed the 100 steps of the schedule"),
+    (["data.train=[]"], None, "data.train is empty; name at least one corpus prefix (data_tools/preprocess.py writes them)"),
+    (["data.split='9,1'", "data.valid.pile=[x]"], None,
+     "data.split cuts the validation set out of data.train, but data.valid names one too; use one of them"),
+    (["data.reset_at_eod=true"], None, "data.reset_at_eod and eod_mask_loss need the end-of-document token; set data.tokenizer or data.eod_id"),
+    (["data.eod_id=1000"], None, "data.eod_id(1000) is beyond model.vocab_size(1000)"),
+    (["train.eval_every=5"], None, "train.eval_every is set but train.eval_samples is 0; set how many samples a validation reads"),
+    (["train.eval_samples=5"], None, "train.eval_samples(5) but there is no validation set; set data.valid or data.split"),
+    (["parallel.tp=4"], 2, "tp(4) * pp(1) * cp(1) = 4 does not divide the world size 2; start 4 ranks or a multiple (torchrun --nproc-per-node)"),
+    (["parallel.pp=4"], 6, "tp(1) * pp(4) * cp(1) = 4 does not divide the world size 6; start a multiple of 4 ranks, "
+                           "or choose a product among 1, 2, 3, 6"),
+    ([*MOE, "parallel.ep=8"], 4, "etp(1) * ep(8) * pp(1) = 8 does not divide the world size 4; legal ep: 1, 2, 4"),
+    (["train.global_batch=18"], 4, "train.global_batch(18) is not divisible by micro_batch(1) * dp(4) = 4; legal global_batch: multiples of 4"),
+    (["parallel.pp=2", "parallel.vpp=2", "train.global_batch=3"], 2,
+     "train.global_batch(3) makes 3 micro-batches, which the interleaved schedule needs divisible by parallel.pp(2); "
+     "legal global_batch: multiples of 2"),
+    (["train.rampup={start: 4, increment: 6, samples: 9}"], 4,
+     "train.rampup.start(4) and increment(6) must be multiples of 4 (micro_batch * dp, times pp when interleaved)"),
+]
+
+
+@pytest.mark.parametrize("overrides, world_size, sentence", REFUSALS, ids=[sentence[:50] for *_, sentence in REFUSALS])
+def test_refusal(problems, overrides, world_size, sentence):
+    assert problems(overrides, world_size) == [sentence]
+
+
+def test_no_refusal_is_without_a_row(load):
+    source = Path(engine.checks.__file__).read_text()
+    yields = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Yield)}
+    reached = set()
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename == engine.checks.__file__:
+            reached.add(frame.f_lineno)
+            return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for overrides, world_size, _ in REFUSALS:
+            with pytest.raises(ConfigError):
+                load(overrides, world_size)
+    finally:
+        sys.settrace(before)
+    assert len(yields) > 40 and yields - reached == set()
+
+
+LEGAL = [
+    ([], None), ([], 1), ([], 16), (["parallel.tp=2", "parallel.pp=2", "parallel.vpp=2", "parallel.cp=2"], 16),
+    (["parallel.tp=8", "parallel.sequence_parallel=true"], 8), ([*MOE, "parallel.ep=4"], 8), ([*MOE, "parallel.ep=8", "parallel.pp=2"], 16),
+    ([*MOE, "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.etp=1", "parallel.ep=4"], 4),
+    (["model.hidden_size=68", "model.head_dim=16"], None), (["schedule.kind=constant", "schedule.warmup_steps=100"], None),
+    (["schedule.kind=wsd", "schedule.wsd_decay_steps=98", "schedule.warmup_steps=2"], None), (["schedule.init_lr=1"], None),
+    (["train.rampup={start: 4, increment: 4, samples: 100}"], 4), (["data.split='9,1,0'", "train.eval_samples=8"], None),
+    (["data.reset_at_eod=true", "data.eod_id=999"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true"], None),
+    (["model.position=learned", "model.max_position=64"], None), (["model.position=none", "model.head_dim=9"], None),
+]
+
+
+@pytest.mark.parametrize("overrides, world_size", LEGAL)
+def test_legal_neighbours_of_the_refusals(load, overrides, world_size):
+    assert isinstance(load(overrides, world_size), RunConfig)
+
+
+def test_several_mistakes_are_told_at_once(problems):
+    found = problems(["train.lr=1", "parallel.pp=3", "schedule.min_lr=1", "optim.beta1=1.5", "train.global_batch=18"], world_size=5)
+    assert found == [
+        "train.lr is no key of this configuration; did you mean optim.lr?",
+        "optim.beta1=1.5: input should be less than 1",
+        "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4",
+        "schedule.min_lr(1.0) exceeds optim.lr(0.0003); lower it",
+        "tp(1) * pp(3) * cp(1) = 3 does not divide the world size 5; start a multiple of 3 ranks, or choose a product among 1, 5",
+    ]
+
+
+@pytest.mark.parametrize("bad, told", [
+    ("train.steps=ten", "train.steps='ten': input should be a valid integer, unable to parse string as an integer"),
+    ("train.seq_len=1", "train.seq_len=1: input should be greater than or equal to 2"),
+    ("model.vocab_size=null", "model.vocab_size=None: input should be a valid integer"),
+    ("run.dir=null", "run.dir=None: input should be a valid string"),
+    ("run=here", "run='here': input should be a mapping with the keys of Run"),
+    ("train=long", "train='long': input should be a mapping with the keys of Train"),
+    ("data=corpus", "data='corpus': input should be a mapping with the keys of Data"),
+    ("data.valid.pile=x", "data.valid.pile='x': input should be a valid list"),
+])
+def test_a_refused_field_hides_no_other_mistake_and_brings_none(problems, bad, told):
+    # With the bad field alone there is one sentence; with another mistake beside it, two.
+    assert problems([bad]) == [told]
+    assert problems([bad, "parallel.pp=3"]) == [
+        told, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4"]
+
+
+def test_checks_that_need_a_refused_field_are_silent(problems):
+    bad = "parallel.tp='two': input should be a valid integer, unable to parse string as an integer"
+    assert problems(["parallel.tp=two", "parallel.sequence_parallel=true", *MOE], world_size=7) == [bad]
+    assert problems(["data.train=3", "train.eval_samples=2", "data.valid=3"])[1:] == ["data.valid=3: input should be a valid dictionary"]
+
+
+def test_a_refused_field_leaves_later_configurations_whole(load, problems):
+    problems(["parallel=3", "model.rope_scaling=3", "optim.lr=fast"])
+    run = load()
+    assert run.parallel.tp == 1 and run.model.rope_scaling.factor == 8.0 and run.optim.lr == 3e-4
+
+
+@pytest.mark.parametrize("key, hint", [
+    ("parallel.ttp=1", "parallel.ttp is no key of this configuration; did you mean tp?"),
+    ("modl.num_layers=3", "modl is no key of this configuration; did you mean model?"),
+    ("model.num_expert=3", "model.num_expert is no key of this configuration"),
+    ("train.lr=3", "train.lr is no key of this configuration; did you mean optim.lr?"),
+    ("tp=3", "tp is no key of this configuration; did you mean parallel.tp?"),
+    ("model.num_experts=3", "model.num_experts is no key of this configuration; did you mean model.moe.num_experts?"),
+    ("model.moe.ffn=3", "model.moe.ffn is no key of this configuration"),
+    ("run.qqqq=3", "run.qqqq is no key of this configuration; known: deterministic, device, dir, seed, timeout_minutes"),
+])
+def test_an_unknown_key_names_the_nearest(problems, key, hint):
+    [problem] = problems([key])
+    assert problem.startswith(hint)
+
+
+def test_required_keys_are_named(problems):
+    text = "model: {family: llama}\ntrain: {seq_len: 8}\ndata: {train: [x]}"
+    assert problems(text=text) == [f"{key} is required" for key in (
+        "run", "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads", "model.vocab_size",
+        "train.global_batch", "train.steps")]
+
+
+TRAIN = "run: {dir: x}\ntrain: {seq_len: 8, global_batch: 1, steps: 1}\ndata: {train: [x]}\n"
+
+
+@pytest.mark.parametrize("model, told", [
+    ("{family: lama, size: llama3_8b}", "model.family=lama is unknown; did you mean llama?"),
+    ("{family: llama, size: llama3_9b}", "model.size=llama3_9b is no size of llama; did you mean llama3_8b?"),
+    ("{size: llama3_8b}", "model.family is required"),
+])
+def test_a_preset_that_cannot_be_found_is_one_mistake(problems, model, told):
+    assert problems(text=TRAIN + f"model: {model}") == [told]
+
+
+def test_a_preset_lies_below_the_users_keys(load):
+    run = load(["model.num_layers=2", "model.rope_scaling.factor=4"], text=TRAIN + "model: {family: llama, size: llama3.1_8b, norm_eps: 1e-6}")
+    assert (run.model.hidden_size, run.model.num_layers, run.model.norm_eps) == (4096, 2, 1e-6)
+    assert (run.model.rope_scaling.kind, run.model.rope_scaling.factor) == ("llama3", 4.0)
+
+
+@pytest.mark.parametrize("override, value", [
+    ("train.steps=20", 20), ("train.steps=1e3", 1000), ("optim.lr=1e-3", 1e-3), ("parallel.zero1=true", True), ("run.dir=a/b=c", "a/b=c"),
+    ("run.dir=2024", "2024"), ("data.train=[0.3,a,0.7,b]", ["0.3", "a", "0.7", "b"]), ("data.valid.pile=[x]", {"pile": ["x"]}),
+    ("train.rampup.start=4", 4),
+])
+def test_overrides(load, override, value):
+    extra = ["train.rampup={increment: 4, samples: 9}"] if "rampup" in override else []
+    node = load([*extra, override])
+    for key in override.split("=")[0].split(".")[: 3 if "rampup" in override else 2]:
+        node = getattr(node, key)
+    assert node == value
+
+
+def test_the_last_override_wins(load):
+    assert load(["train.steps=2", "train.steps=3"]).train.steps == 3
+
+
+def test_overrides_that_cannot_be_read_are_told_together(problems):
+    found = problems(["train.steps", "--train.steps=3", "train.steps=[1"])
+    assert found[:2] == [f"override '{o}' is not of the form key=value, such as train.steps=100" for o in ("train.steps", "--train.steps=3")]
+    assert found[2].startswith("override 'train.steps=[1': ") and len(found) == 3
+
+
+@pytest.mark.parametrize("text, told", [
+    ("- a\n", "holds no mapping of sections"), ("a: [", "while parsing a flow"), (BASE + "run: {dir: b}\n", "found duplicate key run"),
+    ("run: {dir: '${nowhere}'}", "Interpolation key 'nowhere' not found"), (BASE + "1: 2\n", "keys should be strings"),
+])
+def test_files_that_are_no_configuration(problems, text, told):
+    assert told in problems(text=text)[0]
+
+
+def test_a_missing_or_binary_file_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration file at .*none.yaml"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x9d")
+    with pytest.raises(ConfigError, match="binary.yaml"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("value", ["nan", ".inf", "-1"])
+def test_numbers_that_are_none_are_refused(problems, value):
+    assert problems([f"optim.lr={value}"])[0].startswith("optim.lr=")
+
+
+def test_sections_are_frozen(load):
+    with pytest.raises(ValidationError, match="frozen"):
+        load().train.steps = 3
+
+
+ROUND_TRIPS = [
+    [], [*MOE, "model.moe.balance=sinkhorn", "model.moe.top_k=1"], ["data.train=[0.3,a,0.7,b]", "data.valid.pile=[x,y]", "train.eval_samples=3"],
+    ["run.dir=1e3", "log.wandb='on'", "optim.eps=1e-20", "optim.lr=0.1234567890123456"], ["stage=pretrain", "model.rope_scaling.kind=llama3"],
+]
+
+
+@pytest.mark.parametrize("overrides", ROUND_TRIPS)
+def test_a_dumped_configuration_loads_as_itself(load, overrides):
+    run = load(overrides)
+    assert load(text=dump_config(run)) == run
+
+
+@settings(max_examples=40, deadline=None)
+@given(lr=st.floats(1e-12, 1e12), text=st.from_regex(re.compile(r"[A-Za-z0-9_.:/' #-]{0,20}"), fullmatch=True), seed=st.integers(0, 2**40))
+def test_any_value_survives_the_round_trip(tmp_path_factory, lr, text, seed):
+    raw = dict(run=dict(dir=text, seed=seed), model=dict(family="gpt2", size="small"), train=dict(seq_len=8, global_batch=1, steps=1),
+               data=dict(train=[text]), optim=dict(lr=lr))
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_config(validate(raw)))
+    assert load_config(path) == validate(raw)
+
+
+def test_the_configuration_is_there_at_once_and_without_torch():
+    code = """if True:
+        import time; start = time.perf_counter()
+        import engine.config, engine.checks, engine.schedule, engine.metrics, sys
+        seconds = time.perf_counter() - start
+        heavy = {"torch", "numpy", "megatron", "transformers"} & set(sys.modules)
+        assert not heavy, heavy
+        assert seconds < 1, seconds
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(engine.checks.__file__).parents[1])

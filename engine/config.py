@@ -515,14 +515,16 @@ def _readable_part(raw: dict[str, Any], mistakes) -> RunConfig:
     """A RunConfig of what is right in `raw`, for checks only: reading a field that `mistakes` names raises Unreadable."""
     raw = OmegaConf.to_container(OmegaConf.create(raw))
     refused = []
-    while mistakes:
+    for _ in range(3):      # in the place of a refused section stands an empty one, which lacks its required fields a round later
         for mistake in mistakes:
             refused += _replace(raw, mistake)
         try:
-            run, mistakes = RunConfig.model_validate(raw), []
-        except ValidationError as error:      # a section that was replaced by an empty one lacks its required fields
+            run = RunConfig.model_validate(raw)
+            break
+        except ValidationError as error:
             mistakes = error.errors()
-    run = run.model_copy(deep=True)           # default sections are shared by all configurations
+    else:
+        raise AssertionError(f"a stand-in of _replace is not legal: {mistakes}")
     for path in refused:
         section = run
         for part in path[:-1]:

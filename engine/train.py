@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engine import metrics, schedule
 from engine.data.loader import Loader, Prefetcher
 from engine.log import RunLog
-from engine.mcore import checkpoint, observe, topology
+from engine.mcore import build, checkpoint, observe, topology
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import NonFiniteGradient, ParallelModel
 from engine.stages import build_stage
@@ -44,7 +44,7 @@ def train(run) -> Position:
 
 
 def _train(run, stage, place, log) -> Position:
-    log.note(f"{place}, {place.device}, {run.train.precision}")
+    log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
     models = {name: ParallelModel(run, place, stage, name, role.train) for name, role in stage.roles.items()}
     trained = [model for name, model in models.items() if stage.roles[name].train]
     position = _start_position(run, trained[0], log)

@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
     to_hf.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write; must not exist")
-    to_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: the checkpoint's own")
+    to_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: the run's train.precision")
     to_hf.add_argument("--tokenizer", metavar="DIR", type=Path, help="copy the tokenizer from here, not from data.tokenizer")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file in GB (default 5)")
     for command in (from_hf, to_hf):
@@ -40,8 +40,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def from_hf(args: argparse.Namespace) -> str:
-    """HF_DIR -> CKPT_DIR; returns the verdict of the comparison."""
+def from_hf(args: argparse.Namespace, draft: Path) -> str:
+    """HF_DIR -> the checkpoint `draft`; returns the verdict of the comparison."""
     from engine.hf import FAMILIES
     from engine.hf.convert import run_of
     from engine.hf.load import open_hf
@@ -49,28 +49,24 @@ def from_hf(args: argparse.Namespace) -> str:
     hf, tensors = open_hf(args.source)
     run = run_of(hf, tensors, args.source, args.target)
     checkpoint = engine_checkpoints()
-    draft = sibling(args.target, "unverified")
     checkpoint.write_tensors(draft, run, dict(FAMILIES[run.model.family].from_hf(run.model, tensors)))
-    return settle(args, draft, lambda: compare(run, checkpoint.read_tensors(draft), args.source, args.tolerance))
+    return compare(run, checkpoint.read_tensors(draft), args.source, args.tolerance)
 
 
-def to_hf(args: argparse.Namespace) -> str:
-    """CKPT_DIR -> HF_DIR; returns the verdict of the comparison."""
+def to_hf(args: argparse.Namespace, draft: Path) -> str:
+    """CKPT_DIR -> the Hugging Face folder `draft`; returns the verdict of the comparison."""
     from engine.hf.convert import Rounded
     from engine.hf.export import export, write_card
 
     checkpoint = engine_checkpoints()
     run, tensors = checkpoint.read_config(args.source), checkpoint.read_tensors(args.source)
-    draft = sibling(args.target, "unverified")
-    export(run, tensors, draft, args.dtype, args.tokenizer, args.shard_gb * 1e9)
-
-    def check() -> str:
-        # Rounded as the folder is: the comparison judges the conversion, not the dtype that was asked for.
-        verdict = compare(run, Rounded(tensors, args.dtype), draft, args.tolerance)
-        write_card(draft, run, args.target.name, verification=verdict)
-        return verdict
-
-    return settle(args, draft, check)
+    dtype = args.dtype or run.train.precision
+    export(run, tensors, draft, dtype, args.tokenizer, args.shard_gb * 1e9)
+    # Rounded as the folder is: the comparison judges the conversion, not the dtype that was asked for.
+    verdict = compare(run, Rounded(tensors, dtype), draft, args.tolerance)
+    tokens = checkpoint.read_position(checkpoint.find(args.source)).tokens
+    write_card(draft, run, args.target.name, tokens, verdict)
+    return verdict
 
 
 def engine_checkpoints():
@@ -103,14 +99,16 @@ def sibling(target: Path, suffix: str) -> Path:
     return path
 
 
-def settle(args: argparse.Namespace, draft: Path, check) -> str:
-    """Run the check and give `draft` its name, or put it aside as NAME.failed and raise what the check raised."""
+def settle(convert, args: argparse.Namespace) -> str:
+    """Convert into a draft and give it the target's name; what fails half-way is put aside as NAME.failed."""
+    draft = sibling(args.target, "unverified")
     try:
-        verdict = check()
+        verdict = convert(args, draft)
     except BaseException as error:
-        failed = sibling(args.target, "failed")
-        draft.rename(failed)
-        error.add_note(f"the unproved result is kept as {failed}")
+        if draft.exists():
+            failed = sibling(args.target, "failed")
+            draft.rename(failed)
+            error.add_note(f"the unproved result is kept as {failed}")
         raise
     draft.rename(args.target)
     return verdict
@@ -119,7 +117,7 @@ def settle(args: argparse.Namespace, draft: Path, check) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        verdict = {"from-hf": from_hf, "to-hf": to_hf}[args.command](args)
+        verdict = settle({"from-hf": from_hf, "to-hf": to_hf}[args.command], args)
     except (ValueError, OSError) as error:  # people's mistakes; anything else is ours and keeps its traceback
         from engine.config import ConfigError
 

@@ -320,9 +320,9 @@ def test_any_value_survives_the_round_trip(tmp_path_factory, lr, text, seed):
 
 def test_the_configuration_is_there_at_once_and_without_torch():
     code = """if True:
-        import time; start = time.perf_counter()
+        import time; start = time.process_time()      # CPU seconds: a busy machine must not fail this
         import engine.config, engine.checks, engine.schedule, engine.metrics, sys
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         heavy = {"torch", "numpy", "megatron", "transformers"} & set(sys.modules)
         assert not heavy, heavy
         assert seconds < 1, seconds

@@ -8,6 +8,7 @@ so the same run.seed starts the same model on any number of ranks.
 Left out: heads other than token logits, which come with the stages that need them.
 """
 
+import functools
 import hashlib
 import math
 
@@ -25,7 +26,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu, "silu": F.silu}
+GELU = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"swiglu": F.silu, "geglu": GELU, "gelu": GELU, "relu": F.relu, "squared_relu": squared_relu, "silu": F.silu}
 
 
 def backend_of(run, device: str) -> str:
@@ -99,7 +101,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         deallocate_pipeline_outputs=device == "cuda",
         calculate_per_token_loss=True,  # DDP then sums gradients; run.py divides the loss by the global count beforehand
         deterministic_mode=run.run.deterministic,
-        bias_activation_fusion=on_te and model.activation in ("swiglu", "geglu") and not model.linear_bias,
+        bias_activation_fusion=on_te and model.activation == "swiglu" and not model.linear_bias,
         bias_dropout_fusion=on_te,
         apply_rope_fusion=on_te,
         masked_softmax_fusion=False,
@@ -336,7 +338,21 @@ def build_optimizer(run, chunks):
         overlap_param_gather=run.parallel.overlap_param_gather,
         use_precision_aware_optimizer=optim.precision_aware,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    for part in torch_adams(optimizer):
+        for group in part.param_groups:
+            group["fused"] = True  # one pass over memory per step, on CPU and GPU alike
+            for parameter in group["params"]:
+                # megatron's sharded optimizer state wants the step count of torch's AdamW to exist before the first step.
+                part.state[parameter] = {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
+                                         "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
+def torch_adams(optimizer) -> list[torch.optim.AdamW]:
+    """The torch optimizers inside megatron's; none where Transformer Engine's FusedAdam is in use."""
+    inner = [getattr(part, "optimizer", None) for part in optimizer.chained_optimizers]
+    return [part for part in inner if isinstance(part, torch.optim.AdamW)]
 
 
 def one_rank(run):

@@ -16,19 +16,20 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from omegaconf import OmegaConf
 
-from engine.config import RunConfig, dump_config, load_config
+from engine.config import RunConfig, dump_config
+from engine.mcore import optim_state
 from engine.mcore.build import bare
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False,
-             "chained_optim_avoid_prefix": True}
 
 
 class CheckpointError(ValueError):
@@ -72,9 +73,9 @@ def save(model, root: str | Path, position: Position) -> Path:
     dist.barrier()
     state = _model_state(model)
     if model.optimizer is not None:
-        state["optimizer"] = model.optimizer.sharded_state_dict(state, metadata=_metadata())
+        state["optimizer"] = optim_state.describe(model, state)
         state["random"] = _random_state(model.topology)
-    dist_checkpointing.save(state, str(temporary), content_metadata=_METADATA)
+    dist_checkpointing.save(state, str(temporary))
     if dist.get_rank() == 0:
         (temporary / "config.yaml").write_text(dump_config(model.run))
         (temporary / "position.json").write_text(json.dumps(asdict(position)))
@@ -96,14 +97,14 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     state = _model_state(model)
     with_optimizer = optimizer and model.optimizer is not None
     if with_optimizer:
-        state["optimizer"] = model.optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+        state["optimizer"] = optim_state.describe(model, state, stored=_stored_keys(folder))
         if _same_layout(written_by, model.run):
             state["random"] = _random_state(model.topology)
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(model.chunks):
         bare(chunk).load_state_dict(loaded[f"model{i}" if len(model.chunks) > 1 else "model"])
     if with_optimizer:
-        model.optimizer.load_state_dict(loaded["optimizer"])
+        optim_state.restore(model, loaded["optimizer"])
         if "random" in loaded:
             _restore_random(loaded["random"])
     elif model.optimizer is not None:
@@ -120,7 +121,14 @@ def read_config(folder: str | Path) -> RunConfig:
     found = find(folder)
     if found is None:
         raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with metadata.json); check checkpoint.load")
-    return load_config(found / "config.yaml")
+    # Not load_config: what a checkpoint was written with need not be a run that could start here (its data, its ranks).
+    return RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(found / "config.yaml")))
+
+
+def _stored_keys(folder: Path) -> set[str]:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
 def _model_state(model) -> dict:
@@ -129,7 +137,7 @@ def _model_state(model) -> dict:
 
 
 def _metadata() -> dict:
-    return {**_METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    return {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
 
 
 def _random_state(topology) -> ShardedObject:
@@ -259,10 +267,7 @@ def write_tensors(root: str | Path, run: RunConfig, tensors: Mapping[str, torch.
     chunk = build.build_chunk(one_rank, build.transformer_config(one_rank, "cpu"), "cpu")
     build.fill(chunk, tensors)
 
-    class _Bare:
-        run, chunks, optimizer, topology = one_rank, [chunk], None, place
-
-    return save(_Bare, root, Position())
+    return save(SimpleNamespace(run=run, chunks=[chunk], optimizer=None, topology=place), root, Position())
 
 
 def local_shards(model) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """Makes megatron-core run on a CPU: replaces the CUDA calls it makes by CPU ones, once per process.
 
-    cpu.install()          # before the first `import megatron`; does nothing the second time
+    cpu.install()          # engine/mcore/__init__.py calls it where there is no GPU; does nothing the second time
 
 megatron-core writes "cuda" in its own code: as a device string, as streams and events it never needs on a CPU, as CUDA
 random states, and as tensor type names. Each is a plain function here, so a call costs what it cost before (a
@@ -11,7 +11,6 @@ Left out: speed. What megatron does slowly on a CPU is replaced in spec_torch.py
 import contextlib
 import functools
 import os
-import warnings
 
 import torch
 
@@ -22,11 +21,11 @@ _TYPE_NAMES = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "B
 
 
 def install() -> None:
-    """Replace what megatron-core needs replaced. Idempotent. Must run before megatron is imported."""
+    """Replace what megatron-core needs replaced. Idempotent. Runs before megatron's own import where there is no GPU."""
     if getattr(torch, "_trireme_cpu", False):
         return
     torch._trireme_cpu = True
-    _quiet_imports()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it under tp; nothing reads it here
     _devices()
     _streams()
     _random()
@@ -34,20 +33,14 @@ def install() -> None:
     _megatron()
 
 
-def _quiet_imports() -> None:
-    """megatron warns in every module that apex is missing; it takes torch's own functions then, which we want."""
-    warnings.filterwarnings("ignore", message=".*[Aa]pex is not installed.*")
-    warnings.filterwarnings("ignore", message=".*Transformer Engine.*")
-    warnings.filterwarnings("ignore", message=".*CPU RNG state changed within GPU RNG context.*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron.*")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it under tp; nothing reads it here
-
-
 def _is_cuda(device) -> bool:
     return device is not None and not isinstance(device, int) and str(device).startswith("cuda")
 
 
 def _devices() -> None:
+    from torch.utils import _device
+
+    _device._device_constructors()  # torch caches its own factories here for `with torch.device(...)`; fill it before they change
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     original_to = torch.Tensor.to

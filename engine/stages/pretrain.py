@@ -4,7 +4,7 @@ A sample is seq_len + 1 neighbouring tokens of the shuffled corpus; tokens are t
 The loss is the sum of -log p(label) over unmasked tokens; the engine divides it by their number in the global batch.
 """
 
-from engine.data.pretraining import datasets as pretraining_datasets
+from engine.data import text
 from engine.stage import Loss, Role
 
 
@@ -15,7 +15,7 @@ class Pretrain:
         return run
 
     def datasets(self, run, num_train, num_valid):
-        return pretraining_datasets(run, num_train, num_valid)
+        return text.datasets(run, num_train, num_valid)
 
     def prepare(self, micro_batches, models):
         yield micro_batches

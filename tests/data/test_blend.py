@@ -126,6 +126,15 @@ def test_plain_prefixes_equal_megatrons(make_corpus, megatron, megatron_config, 
     assert isinstance(ours[0], GPTSamples if count == 1 else Blend)
 
 
+def test_a_lone_corpus_with_a_weight_equals_megatrons(make_corpus, megatron, megatron_config):
+    (prefix,) = corpora(make_corpus, np.random.default_rng(9), 1)
+    ours = build_pretraining(["0.5", prefix], "8,1,1", 9, [300, 40, 3], 11)
+    theirs = megatron_build(megatron, megatron_config, 9, 11, [300, 40, 3], blend=([prefix], [0.5]), split="8,1,1")
+    for a, b in zip(ours, theirs):
+        assert_same_samples(a, b)
+    assert len(ours[0]) == 300 and isinstance(ours[0], Blend)
+
+
 @pytest.mark.parametrize("lone_weight", [False, True])
 def test_one_blend_per_split_equals_megatrons(make_corpus, megatron, megatron_config, lone_weight):
     a, b, c, d = corpora(make_corpus, np.random.default_rng(4), 4)

@@ -17,7 +17,7 @@ from data_tools.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, lo
 from engine.data.indexed import DataError, IndexedCorpus
 
 TOOLS = Path(preprocess.__file__).parent
-TEXTS = ["Hello, world!", "naïve café — 東京 🚅", "tabs\tand\nnewlines\r\n", " leading and trailing  ", "x" * 5000, "def f(n):\n    return n + 1"]
+TEXTS = ["Hello , world ! do n't", "naïve café — 東京 🚅", "tabs\tand\nnewlines\r\n", " leading and trailing  ", "x" * 5000, "def f(n):\n    return n + 1"]
 
 
 def write_jsonl(path, texts, key="text"):

@@ -8,10 +8,20 @@ import pytest
 import torch
 
 from engine.data.indexed import DataError
-from engine.data.loader import Loader, Prefetcher
+from engine.data import loader
+from engine.data.loader import Prefetcher
 from engine.data.pretraining import GPTSamples
+from engine.data.text import NextToken
 
 EOD = 7
+
+
+class Loader(loader.Loader):
+    """A loader over the next-token batches of samples."""
+
+    def __init__(self, samples, micro_batch, dp_rank, dp_size, **options):
+        super().__init__(NextToken(samples, **options), micro_batch, dp_rank, dp_size)
+
 
 
 @pytest.fixture
@@ -27,7 +37,7 @@ def whole(loader_batches):
 def test_micro_batches_hold_the_documented_samples(samples):
     for micro_batch, dp_size, dp_rank in [(1, 1, 0), (2, 3, 1), (4, 2, 1), (3, 4, 3)]:
         global_batch, first = 24, 17
-        loader = Loader(samples, 16, micro_batch, dp_rank, dp_size)
+        loader = Loader(samples, micro_batch, dp_rank, dp_size)
         batches = loader.batches(first, global_batch)
         assert len(batches) == global_batch // (micro_batch * dp_size)
         for m, batch in enumerate(batches):
@@ -39,28 +49,28 @@ def test_micro_batches_hold_the_documented_samples(samples):
 def test_global_batch_does_not_depend_on_dp_size(samples):
     expected = samples.gather(np.arange(48, 72))[:, :-1]
     for micro_batch, dp_size in [(1, 1), (4, 1), (1, 8), (2, 4), (3, 2), (12, 2), (24, 1)]:
-        ranks = [Loader(samples, 16, micro_batch, r, dp_size).batches(48, 24) for r in range(dp_size)]
+        ranks = [Loader(samples, micro_batch, r, dp_size).batches(48, 24) for r in range(dp_size)]
         in_order = torch.cat([rank[m]["tokens"] for m in range(len(ranks[0])) for rank in ranks])
         assert np.array_equal(in_order.numpy(), expected)
 
 
 def test_resume_at_any_sample_with_other_ranks_and_batch(samples):
-    straight = torch.cat([whole(Loader(samples, 16, 1, 0, 1).batches(k, 1)) for k in range(40)])
+    straight = torch.cat([whole(Loader(samples, 1, 0, 1).batches(k, 1)) for k in range(40)])
     for stop in range(0, 40, 4):
-        resumed = [Loader(samples, 16, 2, r, 2).batches(stop, 4) for r in range(2)]
+        resumed = [Loader(samples, 2, r, 2).batches(stop, 4) for r in range(2)]
         rows = torch.cat([rank[m]["tokens"] for m in range(1) for rank in resumed])
         assert torch.equal(rows, straight[stop : stop + 4])
 
 
 def test_a_used_loader_equals_a_new_one(samples):
-    used = Loader(samples, 16, 2, 0, 1, eod_id=EOD, reset_at_eod=True)
+    used = Loader(samples, 2, 0, 1, eod_id=EOD, reset_at_eod=True)
     used.batches(0, 8), used.batches(30, 2)
-    for a, b in zip(used.batches(4, 4), Loader(samples, 16, 2, 0, 1, eod_id=EOD, reset_at_eod=True).batches(4, 4)):
+    for a, b in zip(used.batches(4, 4), Loader(samples, 2, 0, 1, eod_id=EOD, reset_at_eod=True).batches(4, 4)):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_types_shapes_and_plain_masks(samples):
-    (batch,) = Loader(samples, 16, 3, 0, 1).batches(0, 3)
+    (batch,) = Loader(samples, 3, 0, 1).batches(0, 3)
     assert {k: v.dtype for k, v in batch.items()} == {
         "tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64,
     }  # fmt: skip
@@ -81,7 +91,7 @@ def reset_by_hand(tokens):
 
 
 def test_resets_at_eod_equal_a_plain_loop(samples):
-    (batch,) = Loader(samples, 16, 80, 0, 1, eod_id=EOD, reset_at_eod=True, eod_mask_loss=True).batches(0, 80)
+    (batch,) = Loader(samples, 80, 0, 1, eod_id=EOD, reset_at_eod=True, eod_mask_loss=True).batches(0, 80)
     assert batch["segment_ids"].dtype == torch.int32 and batch["position_ids"].dtype == torch.int64
     seen = set()
     for i, tokens in enumerate(batch["tokens"].tolist()):
@@ -95,7 +105,7 @@ def test_resets_at_eod_equal_a_plain_loop(samples):
 
 @pytest.mark.parametrize("eod_mask_loss", [False, True])
 def test_resets_at_eod_equal_megatrons(samples, megatron, eod_mask_loss):
-    loader = Loader(samples, 16, 40, 0, 1, eod_id=EOD, reset_at_eod=True, eod_mask_loss=eod_mask_loss)
+    loader = Loader(samples, 40, 0, 1, eod_id=EOD, reset_at_eod=True, eod_mask_loss=eod_mask_loss)
     (batch,) = loader.batches(0, 40)
     for i in range(40):
         mask, loss_mask, positions = megatron.gpt._get_ltor_masks_and_position_ids(batch["tokens"][i], EOD, True, True, eod_mask_loss, True)
@@ -106,7 +116,7 @@ def test_resets_at_eod_equal_megatrons(samples, megatron, eod_mask_loss):
 
 
 def test_eod_mask_alone_does_not_reset(samples):
-    (batch,) = Loader(samples, 16, 4, 0, 1, eod_id=EOD, eod_mask_loss=True).batches(0, 4)
+    (batch,) = Loader(samples, 4, 0, 1, eod_id=EOD, eod_mask_loss=True).batches(0, 4)
     assert "segment_ids" not in batch
     assert torch.equal(batch["position_ids"], torch.arange(16).expand(4, 16))
     assert torch.equal(batch["loss_mask"] == 0, batch["tokens"] == EOD)
@@ -118,9 +128,9 @@ def test_eod_mask_alone_does_not_reset(samples):
 def test_refuses_ids_outside_the_vocabulary(samples):
     text = samples.gather(np.arange(40))
     sample, column = next((j, c) for j in range(40) for c in range(17) if text[j, c] == 10)
-    Loader(samples, 16, 1, 0, 1, vocab_size=11).batches(sample, 1)
+    Loader(samples, 1, 0, 1, vocab_size=11).batches(sample, 1)
     with pytest.raises(DataError, match=rf"sample {sample}, token {column}: id 10 is outside the vocabulary of 10 .*another tokenizer"):
-        Loader(samples, 16, 1, 0, 1, vocab_size=10).batches(sample, 1)
+        Loader(samples, 1, 0, 1, vocab_size=10).batches(sample, 1)
 
 
 def test_refuses_an_id_seen_only_as_the_last_label(make_corpus):
@@ -136,11 +146,11 @@ def test_refuses_an_id_seen_only_as_the_last_label(make_corpus):
     dataset = OneSample()
     for dataset.last in (50, -1):
         with pytest.raises(DataError, match=f"sample 0, token 3: id {dataset.last} "):
-            Loader(dataset, 3, 1, 0, 1, vocab_size=50).batches(0, 1)
+            Loader(dataset, 1, 0, 1, vocab_size=50).batches(0, 1)
 
 
 def test_refuses_sizes_that_do_not_divide_and_samples_beyond_the_end(samples):
-    loader = Loader(samples, 16, 2, 0, 3)
+    loader = Loader(samples, 2, 0, 3)
     with pytest.raises(DataError, match=r"global_batch 8 is not a multiple of micro_batch\(2\) \* dp\(3\) = 6"):
         loader.batches(0, 8)
     for global_batch in (0, -6):
@@ -155,21 +165,19 @@ def test_refuses_sizes_that_do_not_divide_and_samples_beyond_the_end(samples):
 
 
 def test_refuses_settings_that_do_not_fit(samples):
-    with pytest.raises(DataError, match="seq_len 16, the loader with 8"):
-        Loader(samples, 8, 1, 0, 1)
     for option in ("reset_at_eod", "eod_mask_loss"):
         with pytest.raises(DataError, match="need eod_id"):
-            Loader(samples, 16, 1, 0, 1, **{option: True})
+            Loader(samples, 1, 0, 1, **{option: True})
     for micro_batch, dp_rank, dp_size in [(0, 0, 1), (1, 1, 1), (1, -1, 1), (1, 0, 0)]:
         with pytest.raises(DataError, match="expected micro_batch >= 1"):
-            Loader(samples, 16, micro_batch, dp_rank, dp_size)
+            Loader(samples, micro_batch, dp_rank, dp_size)
 
 
 # --- prefetching
 
 
 def test_prefetcher_gives_the_same_batches_in_order(samples):
-    loader, positions = Loader(samples, 16, 2, 0, 1), [(0, 4), (4, 4), (8, 8), (2, 2)]
+    loader, positions = Loader(samples, 2, 0, 1), [(0, 4), (4, 4), (8, 8), (2, 2)]
     with Prefetcher(loader, positions) as prefetcher:
         got = list(prefetcher)
     assert len(got) == 4
@@ -188,7 +196,7 @@ def test_prefetcher_reads_exactly_one_batch_ahead_in_another_thread(samples):
                 ready.set()
             return super().batches(first_sample, global_batch)
 
-    with Prefetcher(Spy(samples, 16, 2, 0, 1), ((k, 4) for k in range(0, 40, 4))) as prefetcher:
+    with Prefetcher(Spy(samples, 2, 0, 1), ((k, 4) for k in range(0, 40, 4))) as prefetcher:
         next(prefetcher)
         assert ready.wait(10)
         time.sleep(0.05)  # time enough to read too far
@@ -196,7 +204,7 @@ def test_prefetcher_reads_exactly_one_batch_ahead_in_another_thread(samples):
 
 
 def test_prefetcher_raises_where_the_batch_was_due_then_ends(samples):
-    prefetcher = Prefetcher(Loader(samples, 16, 2, 0, 1), [(0, 4), (4, 3), (8, 4)])
+    prefetcher = Prefetcher(Loader(samples, 2, 0, 1), [(0, 4), (4, 3), (8, 4)])
     assert len(next(prefetcher)) == 2
     with pytest.raises(DataError, match="global_batch 3"):
         next(prefetcher)
@@ -207,7 +215,7 @@ def test_prefetcher_raises_where_the_batch_was_due_then_ends(samples):
         yield 0, 4
         raise RuntimeError("no more")
 
-    prefetcher = Prefetcher(Loader(samples, 16, 2, 0, 1), positions())
+    prefetcher = Prefetcher(Loader(samples, 2, 0, 1), positions())
     assert len(next(prefetcher)) == 2
     with pytest.raises(RuntimeError, match="no more"):
         next(prefetcher)
@@ -215,7 +223,7 @@ def test_prefetcher_raises_where_the_batch_was_due_then_ends(samples):
 
 def test_prefetcher_leaves_no_thread(samples):
     before = threading.active_count()
-    prefetcher = Prefetcher(Loader(samples, 16, 2, 0, 1), ((k, 4) for k in range(0, 40, 4)))
+    prefetcher = Prefetcher(Loader(samples, 2, 0, 1), ((k, 4) for k in range(0, 40, 4)))
     next(prefetcher)
     assert threading.active_count() == before + 1
     prefetcher.close()

@@ -193,8 +193,10 @@ def test_cache_is_used_and_equals_building(make_corpus, tmp_path, monkeypatch):
 
 def test_cache_tells_everything_apart_that_changes_the_order(make_corpus, tmp_path):
     corpus, other = make_corpus([9] * 20), make_corpus([9] * 19 + [8], name="other")
-    base = dict(corpus=corpus, documents=np.arange(20), num_samples=30, seq_len=7, seed=1, split_name="train")
-    changes = [{}, {"corpus": other}, {"documents": np.arange(1, 20)}, {"num_samples": 60}, {"seq_len": 8}, {"seed": 2}, {"split_name": "valid"}]
+    base = dict(corpus=corpus, documents=np.arange(20), num_samples=10, seq_len=7, seed=1, split_name="train")
+    # 49 samples are two epochs shuffled together, 30 are two of which the final one is separate.
+    changes = [{}, {"corpus": other}, {"documents": np.arange(20)[::-1]}, {"num_samples": 49}, {"num_samples": 30}]
+    changes += [{"seq_len": 8}, {"seed": 2}, {"split_name": "valid"}]
     for count, change in enumerate(changes, start=1):
         cached = GPTSamples(**base | change, cache_dir=tmp_path / "cache")
         assert len(os.listdir(tmp_path / "cache")) == 4 * count
@@ -312,3 +314,27 @@ def test_gather_refuses_an_index_of_another_corpus(make_corpus, num_threads):
     samples.document_index = samples.document_index + np.int32(20)
     with pytest.raises(DataError, match="delete the index cache"):
         samples.gather(np.arange(25))
+
+
+BROKEN_INDICES = {
+    "past the end of a document": ([0, 1], [[0, 6], [0, 10]], 0, "tokens 6 to 11 of document 0, length 9"),
+    "before its start": ([0, 1], [[0, -1], [0, 3]], 0, "tokens -1 to 4 of document 0"),
+    "more tokens than a row": ([0, 1], [[0, 0], [0, 5]], 0, "tokens 0 to 6 of document 0"),
+    "fewer tokens than a row": ([0, 1], [[0, 0], [0, 3]], 0, "sample 0 holds 4 tokens, expected 5"),
+    "document beyond the corpus": ([2, 1], [[0, 0], [0, 4]], 0, "document 2 of 2"),
+    "negative document": ([-1, 1], [[0, 0], [0, 4]], 0, "document -1 of 2"),
+    "position beyond the documents": ([0, 1], [[1, 8], [2, 3]], 0, "documents 1 to 2 of 2"),
+    "negative position": ([0, 1], [[-1, 8], [0, 3]], 0, "documents -1 to 0 of 2"),
+    "positions backwards": ([0, 1], [[1, 0], [0, 4]], 0, "documents 1 to 0 of 2"),
+    "row beyond the index": ([0, 1], [[0, 0], [0, 4]], 1, "sample 1 of 1"),
+    "negative row": ([0, 1], [[0, 0], [0, 4]], -1, "sample -1 of 1"),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("name", BROKEN_INDICES)
+def test_gather_refuses_each_broken_index(make_corpus, name, dtype):
+    documents, starts, row, words = BROKEN_INDICES[name]
+    corpus = make_corpus([9, 9])
+    with pytest.raises(DataError, match=words):
+        _csrc.gather(corpus.mapped, np.array(documents, dtype=np.int32), np.array(starts, dtype=dtype), np.array([row]), 4)

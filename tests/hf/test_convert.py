@@ -1,6 +1,5 @@
 """launch/convert.py: instant help, exit codes without tracebacks, and both directions proved end to end."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -52,10 +51,12 @@ def test_a_bad_folder_is_1_without_a_traceback(convert, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_there_and_back(convert, model, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "gpt2_untied"])  # a save takes seconds
+def test_there_and_back(convert, tiny, name, tmp_path, capsys):
     pytest.importorskip("engine.mcore.checkpoint")
     from engine.hf.load import open_hf
 
+    model = tiny(name)
     ckpt, out = tmp_path / "ckpt", tmp_path / "out"
     assert convert.main(["from-hf", str(model.folder), str(ckpt)]) == 0
     assert convert.main(["to-hf", str(ckpt), str(out)]) == 0
@@ -79,6 +80,8 @@ def test_disagreement_is_kept_aside(convert, tiny, tmp_path, capsys, monkeypatch
 
 def test_the_dtype_asked_for_is_not_held_against_the_conversion(convert, tiny, tmp_path):
     pytest.importorskip("engine.mcore.checkpoint")
-    shutil.copytree(tiny("llama").folder, tmp_path / "model")
-    assert convert.main(["from-hf", str(tmp_path / "model"), str(tmp_path / "ckpt")]) == 0
+    from engine.hf.load import open_hf
+
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt")]) == 0
     assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    assert {tensor.dtype for tensor in open_hf(tmp_path / "out")[1].values()} == {torch.bfloat16}

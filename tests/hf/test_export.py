@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from engine.config import Data
-from engine.hf.convert import Rounded
+from engine.hf.convert import Rounded, run_of
 from engine.hf.export import export
 from engine.hf.fields import HFError
 from engine.hf.load import INDEX, WEIGHTS, open_hf
@@ -91,6 +91,15 @@ def test_special_tokens_never_default(tiny, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
     for config in (loaded.config, loaded.generation_config):
         assert config.bos_token_id is None and config.eos_token_id is None and config.pad_token_id is None
+
+
+@pytest.mark.parametrize("end,eod", [(7, 7), (None, -1), ([7, 8], -1), (131, -1)])
+def test_the_end_token_of_a_foreign_model(tiny, tmp_path, end, eod):
+    model = tiny("llama")
+    run = run_of(model.hf | {"eos_token_id": end}, model.tensors, model.folder, tmp_path)
+    assert run.data.eod_id == eod
+    hf, _ = open_hf(export(run, model.engine_tensors(), tmp_path / "out"))
+    assert hf["eos_token_id"] == (eod if eod >= 0 else None)
 
 
 @pytest.fixture

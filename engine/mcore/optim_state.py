@@ -1,0 +1,146 @@
+"""Optimizer state in the shape of the parameters it belongs to, so that any layout, with or without ZeRO-1, reads any other's.
+
+    state = describe(model, model_state)                 # ShardedTensors to hand to dist_checkpointing, and a few numbers
+    wanted = describe(model, model_state, stored=keys)   # the same for loading, less what the checkpoint lacks
+    restore(model, loaded)
+
+Keys are `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.<parameter>`, megatron's own. Its state_dict of an optimizer is not
+used: its parameter groups depend on the layout (experts apart or not), and everything in them follows from the configuration
+and the schedule anyway. Left out: moments kept in lower precision (optim.precision_aware), which megatron stores itself.
+"""
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+KINDS = ("exp_avg", "exp_avg_sq", "fp32_param")
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+def describe(model, model_state: dict, stored: set[str] | None = None) -> dict:
+    """Sharded optimizer state of this rank. `stored`: names of stored parameters, to load only the kinds that are there."""
+    described = {"step": _step(model.optimizer), "parts": {}}
+    if _scaler(model.optimizer) is not None:
+        described["loss_scaler"] = _scaler(model.optimizer).state_dict()
+    for i, part in enumerate(model.optimizer.chained_optimizers):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        tensors = _zero1(part, model_state, stored is not None) if isinstance(part, DistributedOptimizer) else _whole(part, model_state)
+        described["parts"][i] = {j: {kind: t for kind, t in kinds.items() if stored is None or t.key in stored}
+                                 for j, kinds in tensors.items()}
+    return described
+
+
+def restore(model, loaded: dict) -> None:
+    """Copy what dist_checkpointing.load returned for `describe` into the live optimizer. The model's weights are loaded already."""
+    for i, part in enumerate(model.optimizer.chained_optimizers):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        tensors = loaded["parts"][i]
+        if isinstance(part, DistributedOptimizer):
+            _restore_zero1(part, tensors, float(loaded["step"]))
+        else:
+            for j, (parameter, main, state) in enumerate(_entries(part)):
+                main.data.copy_(tensors[j].get("fp32_param", parameter.data))
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    state[kind].copy_(tensors[j][kind])
+        _set_step(part.optimizer, loaded["step"])
+    if "loss_scaler" in loaded and _scaler(model.optimizer) is not None:
+        for part in model.optimizer.chained_optimizers:
+            part.grad_scaler.load_state_dict(loaded["loss_scaler"])
+
+
+# --- whole parameters on every dp rank ---------------------------------------------------------------------------------
+
+
+def _whole(part, model_state) -> dict:
+    sharded = _by_data(model_state)
+    described = {}
+    for j, (parameter, main, state) in enumerate(_entries(part)):
+        kinds = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        if main is not parameter:
+            kinds["fp32_param"] = main
+        described[j] = {kind: make_sharded_optimizer_tensor(sharded[id(parameter)], tensor, f"optimizer.state.{kind}")
+                        for kind, tensor in kinds.items()}
+    return described
+
+
+def _entries(part):
+    """(model parameter, fp32 master, AdamW state) of a non-distributed optimizer, in a fixed order."""
+    if hasattr(part, "float16_groups"):
+        for halves, masters in zip(part.float16_groups, part.fp32_from_float16_groups):
+            yield from ((half, master, part.optimizer.state[master]) for half, master in zip(halves, masters))
+        for group in part.fp32_from_fp32_groups:
+            yield from ((parameter, parameter, part.optimizer.state[parameter]) for parameter in group)
+    else:
+        for group in part.optimizer.param_groups:
+            yield from ((parameter, parameter, part.optimizer.state[parameter]) for parameter in group["params"])
+
+
+def _by_data(model_state) -> dict[int, ShardedBase]:
+    """ShardedTensor (or factory) of each parameter, by the parameter's identity."""
+    return {id(value.data): value for value in nested_values(model_state) if isinstance(value, ShardedBase) and hasattr(value, "data")}
+
+
+# --- ZeRO-1: flat buffers split over dp, which megatron gathers into the parameters' shapes ------------------------------
+
+
+def _zero1(part, model_state, is_loading: bool) -> dict:
+    metadata = {**_METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    return {j: {"fp32_param" if kind == "param" else kind: tensor for kind, tensor in kinds.items()}
+            for j, kinds in part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata).items()}
+
+
+def _restore_zero1(part, tensors: dict, step: float) -> None:
+    """Cut this rank's ranges out of whole parameters. `tensors`: {running number of the parameter: {kind: tensor}}."""
+    original = type(part)._set_main_param_and_optimizer_states
+    count = torch.tensor(step)
+
+    def with_missing(parameter, found):
+        # The checkpoint has no step per parameter, and none written without ZeRO-1 in fp32 has a master copy.
+        if "param" not in found:
+            span = part._get_model_param_range_map(parameter)["param"]
+            found = {**found, "param": parameter.detach().view(-1)[span.start:span.end].float()}
+        original(part, parameter, {"step": count, **found})
+
+    part._set_main_param_and_optimizer_states = with_missing
+    try:
+        part.load_parameter_state_from_fully_reshardable(tensors)
+    finally:
+        del part._set_main_param_and_optimizer_states
+    part._copy_main_params_to_model_params()
+
+
+# --- the numbers -------------------------------------------------------------------------------------------------------
+
+
+def _adams(optimizer):
+    return [part.optimizer for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _step(optimizer) -> int:
+    """Updates taken so far: torch's AdamW counts per parameter, Transformer Engine's FusedAdam per group."""
+    for adam in _adams(optimizer):
+        for state in adam.state.values():
+            if "step" in state:
+                return int(state["step"])
+        for group in adam.param_groups:
+            if "step" in group:
+                return int(group["step"])
+    return 0
+
+
+def _set_step(adam, step: int) -> None:
+    if isinstance(adam, torch.optim.AdamW):
+        for state in adam.state.values():
+            state["step"] = torch.full_like(state["step"], float(step))
+    else:
+        for group in adam.param_groups:
+            group["step"] = int(step)
+
+
+def _scaler(optimizer):
+    return getattr(optimizer.chained_optimizers[0], "grad_scaler", None)

@@ -6,7 +6,6 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
     get_moe_layer_wise_logging_tracker,
     reduce_aux_losses_tracker_across_ranks,
 )
@@ -16,8 +15,6 @@ from engine.mcore.build import bare
 
 def moe_losses(model) -> dict[str, float]:
     """Each auxiliary loss of the last global batch, without its coefficient: mean over MoE layers and micro-batches.
-
-    Must be called once per step: megatron sums these until they are cleared.
     """
     names = _loss_names(model.run.model.moe)
     tracker = get_moe_layer_wise_logging_tracker()
@@ -27,7 +24,6 @@ def moe_losses(model) -> dict[str, float]:
     reduce_aux_losses_tracker_across_ranks(names)
     divisor = sum(model.run.model.moe_layers) * model.num_microbatches
     losses = {name: float(tracker[name]["values"].sum()) / divisor for name in names}
-    clear_aux_losses_tracker()
     return losses
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from engine.mcore import build, masks
@@ -63,6 +64,7 @@ class ParallelModel:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        get_moe_layer_wise_logging_tracker().clear()  # megatron sums MoE losses over calls, for observe.moe_losses
         return self._run(micro_batches, forward_only=False)
 
     @torch.no_grad()

@@ -64,6 +64,7 @@ def test_get_outside_the_corpus_is_an_index_error(tmp_path, arguments):
 def test_views_outlive_the_corpus_and_are_read_only(tmp_path):
     corpus = IndexedCorpus(write(tmp_path / "c"))
     tokens, lengths = corpus.get(4), corpus.sequence_lengths
+    assert not tokens.flags.owndata and not lengths.flags.owndata  # mapped, not copied
     del corpus
     assert tokens.tolist() == [7, 8, 9, 10] and lengths.tolist() == [3, 1, 2, 0, 4]
     with pytest.raises(ValueError):

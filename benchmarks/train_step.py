@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 SIZES = dict(hidden=256, layers=8, heads=8, ffn=688, vocab=8192, seq=512, batch=8)
@@ -156,7 +157,7 @@ CONTESTANTS = {
 }
 
 
-def serve(name: str, threads: int, pipe) -> None:
+def serve(name: str, threads: int, keep_memory: bool, pipe) -> None:
     """Build a contestant, then take one step for every number received and answer (seconds, loss)."""
     os.environ.update(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", TORCHINDUCTOR_COMPILE_THREADS="1")
     import warnings
@@ -166,6 +167,10 @@ def serve(name: str, threads: int, pipe) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if keep_memory:
+        from engine.mcore import cpu
+
+        cpu.keep_memory()
     function, kwargs = CONTESTANTS[name]
     try:
         step = function(**kwargs)
@@ -174,6 +179,9 @@ def serve(name: str, threads: int, pipe) -> None:
         pipe.send(("ready", loss))
     except ImportError as error:
         pipe.send(("missing", str(error)))
+        return
+    except Exception:
+        pipe.send(("failed", traceback.format_exc(limit=-3)))
         return
     while (i := pipe.recv()) is not None:
         start = time.perf_counter()
@@ -185,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep-memory", action="store_true", help="give the peers our allocator setting too (engine/mcore/cpu.py)")
     parser.add_argument("--only", default="", help="names, comma-separated: " + ", ".join(CONTESTANTS))
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -193,9 +202,9 @@ def main() -> int:
     pipes, seconds, losses = {}, {}, {}
     for name in names:
         pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(name, args.threads, theirs), daemon=True).start()
+        context.Process(target=serve, args=(name, args.threads, args.keep_memory, theirs), daemon=True).start()
         state, detail = pipe.recv()
-        print(f"{name}: {state}" + (f" ({detail})" if state == "missing" else f", loss {detail:.3f} after 3 steps"), flush=True)
+        print(f"{name}: {state}" + (f" ({detail})" if state != "ready" else f", loss {detail:.3f} after 3 steps"), flush=True)
         if state == "ready":
             pipes[name], seconds[name] = pipe, []
     for i in range(args.rounds):

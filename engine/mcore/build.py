@@ -15,7 +15,6 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core import tensor_parallel
 from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -24,6 +23,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+
+from engine.mcore.linear_ce import OutputLayer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GELU = functools.partial(F.gelu, approximate="tanh")
@@ -107,7 +108,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=on_te,
         gradient_accumulation_fusion=on_te and _apex_grad_fusion(),
-        cross_entropy_loss_fusion=False,  # TokenModel masks the padded vocabulary itself
+        use_te_activation_func=not on_te and model.activation == "swiglu",  # ops_torch.SwiGLU
         tp_comm_overlap=p.tp_comm_overlap,
         **_recompute(train),
         **_experts(run, on_te),
@@ -168,25 +169,20 @@ def _experts(run, on_te: bool) -> dict:
 
 
 class TokenModel(GPTModel):
-    """GPTModel whose padded vocabulary never enters the softmax, so the loss does not depend on the padding."""
+    """GPTModel whose loss is computed chunk by chunk (linear_ce.py) and never sees the padding of the vocabulary."""
 
     def __init__(self, *args, real_vocab_size: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer  # megatron has no spec for this layer; its parameters and state stay
 
-    def compute_language_model_loss(self, labels, logits):
-        """labels [b, s], logits [s, b, padded vocabulary / tp] -> minus log-probability of each label, fp32 [b, s]."""
-        tp_group = self.pg_collection.tp
-        real = self.real_vocab_size - tp_group.rank() * logits.size(-1)  # columns of this rank that are real
-        if real < logits.size(-1):
-            logits = logits.clone() if logits.is_leaf else logits
-            logits[..., max(real, 0):] = float("-inf")
-        labels = labels.transpose(0, 1)  # [s, b]
-        if tp_group.size() == 1:
-            loss = F.cross_entropy(logits.reshape(-1, logits.size(-1)).float(), labels.reshape(-1), reduction="none").view(labels.shape)
-        else:
-            loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.contiguous())
-        return loss.transpose(0, 1).contiguous()
+    def _postprocess(self, hidden_states, labels=None, **kwargs):
+        """Hidden states [s, b, h] -> minus log-probability of each label, fp32 [b, s]; without labels logits, as megatron's."""
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size)
 
 
 def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | None = None) -> GPTModel:

@@ -8,6 +8,7 @@ grouped-query heads, document masks, sliding windows and context parallel.
 Left out: attention sinks and softcaps (no kernel of SDPA has them), FP8 (spec_te.py).
 """
 
+import contextlib
 import math
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,6 +30,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
+
+from engine.mcore import masks
+from engine.mcore.ops_torch import SwiGLU, apply_rope
+
+megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choice here; ours hands other cases back to it
 
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -64,7 +71,7 @@ class TorchBackend(BackendSpecProvider):
         return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
     def activation_func(self):
-        return None
+        return SwiGLU  # built only where the configuration says so (swiglu)
 
 
 def _layer_spec(config, num_experts) -> ModuleSpec:
@@ -81,7 +88,8 @@ def _layer_spec(config, num_experts) -> ModuleSpec:
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts,
+                                                use_te_activation_func=config.use_te_activation_func),
             mlp_bda=get_bias_dropout_add,
             # The te backend fuses each norm into the linear layer behind it; same names make checkpoints interchangeable.
             sharded_state_dict_keys_map={
@@ -126,10 +134,11 @@ class Attention(MegatronModule):
         if self.cp_group is not None:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        # [b, heads, s, d], contiguous: rope leaves query and key so, and for the value the copy costs less than it saves.
+        q, k, v = (x.permute(1, 2, 0, 3).contiguous() for x in (query, key, value))
         mask, is_causal = self._mask(attention_mask, q.size(2), k.size(2), q.device)
         dropout = self.dropout if self.training else 0.0
-        with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else _no_context():
+        with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale,
                                                  enable_gqa=q.size(1) != k.size(1))
         return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
@@ -148,13 +157,5 @@ class Attention(MegatronModule):
         if isinstance(mask, tuple):
             mask = mask[0]
         if self.window:
-            from engine.mcore.masks import distances
-
-            mask = mask & (distances(num_queries, num_keys, self.cp_group, device) < self.window)
+            mask = mask & (masks.distances(num_queries, num_keys, self.cp_group, device) < self.window)
         return mask, False
-
-
-def _no_context():
-    import contextlib
-
-    return contextlib.nullcontext()

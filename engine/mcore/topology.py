@@ -59,6 +59,7 @@ def start(run) -> Topology:
         from engine.mcore import cpu
 
         cpu.install()
+        cpu.keep_memory()
     if not dist.is_initialized():
         _join(run, device)
     _groups(run)

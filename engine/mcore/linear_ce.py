@@ -1,0 +1,94 @@
+"""The output layer and the loss in one: -log p(label) from hidden states, vocabulary split over tp, rows in chunks.
+
+    nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group)     # [tokens], fp32
+
+The logits of a chunk of rows are used while they are still in cache: forward keeps them (once, in the model's precision) and
+the log-sum-exp; backward turns them into their own gradient in place. Plain log_softmax would hold them three times and read them
+from memory at every turn. Maths: nll = lse(z) - z[label], d nll / d z = softmax(z) - onehot(label).
+Left out: recomputing the logits in the backward pass instead of keeping them.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+
+_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # logits at a time: what a core's cache holds; what fills a GPU
+
+
+class OutputLayer(ColumnParallelLinear):
+    """megatron's output layer that, given labels, returns their loss instead of logits.
+
+    It stays a module with a forward: megatron's DDP waits for gathered parameters when a module is called.
+    """
+
+    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0):
+        """input_ [s, b, h], labels [b, s] -> -log p(label) [b, s], fp32; without labels logits, as megatron's."""
+        if labels is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        flat = hidden.reshape(-1, hidden.size(-1))
+        nll = linear_cross_entropy(flat, self.weight if weight is None else weight, labels.t().reshape(-1), num_real, self.tp_group)
+        return nll.view(hidden.size(0), hidden.size(1)).t()
+
+
+def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None) -> torch.Tensor:
+    """-log softmax(hidden @ weight^T)[label] over the first num_real ids of the whole vocabulary.
+
+    hidden [tokens, h]; weight [ids of this tp rank, h], ranks holding consecutive ids; labels int64 [tokens]. Returns fp32 [tokens].
+    The gradient of hidden is this rank's share: the caller sums it over tp.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, num_real, tp_group):
+        tp, rank = (tp_group.size(), tp_group.rank()) if tp_group is not None else (1, 0)
+        num_ids = weight.size(0)
+        local = labels - rank * num_ids
+        is_own = (local >= 0) & (local < num_ids)
+        local = local.clamp(0, num_ids - 1)
+        first_padding = min(max(num_real - rank * num_ids, 0), num_ids)
+        logits = hidden.new_empty(hidden.size(0), num_ids)
+        lse, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        for rows in _chunks(logits):
+            z = torch.mm(hidden[rows], weight.t(), out=logits[rows])
+            z[:, first_padding:] = float("-inf")
+            picked[rows] = z.gather(1, local[rows, None])[:, 0].float()
+            top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # a rank of nothing but padding has no finite logit
+            lse[rows] = torch.sub(z, top, out=z.new_empty(z.shape) if z.dtype == torch.float32 else None).float().exp_().sum(1).log() + top[:, 0].float()
+        picked = picked.where(is_own, 0)
+        if tp > 1:
+            parts = [torch.empty_like(lse) for _ in range(tp)]
+            dist.all_gather(parts, lse, group=tp_group)
+            lse = torch.stack(parts).logsumexp(0)
+            dist.all_reduce(picked, group=tp_group)
+        ctx.save_for_backward(hidden, weight, local, is_own, lse)
+        ctx.logits = logits
+        return lse - picked
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, local, is_own, lse = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        grad_hidden = torch.empty_like(hidden)
+        own = torch.where(is_own, grad, 0.0)
+        for rows in _chunks(logits):
+            z = logits[rows]
+            p = torch.sub(z, lse[rows, None].to(z.dtype), out=z) if z.dtype == torch.float32 else z.float().sub_(lse[rows, None])
+            p = p.exp_().mul_(grad[rows, None])
+            p.scatter_add_(1, local[rows, None], -own[rows, None])
+            if p is not z:
+                z.copy_(p)
+            torch.mm(z, weight, out=grad_hidden[rows])
+        return grad_hidden, logits.t() @ hidden, None, None, None
+
+
+def _chunks(logits):
+    rows = max(1, _CHUNK_BYTES[logits.device.type] // (logits.size(1) * logits.element_size()))
+    for first in range(0, logits.size(0), rows):
+        yield slice(first, first + rows)

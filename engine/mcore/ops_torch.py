@@ -1,0 +1,79 @@
+"""Elementwise operations of the torch backend in few passes over memory: rotary embedding and the SwiGLU gate.
+
+Written as autograd functions because a CPU is limited by memory here: each saves what its backward needs and writes every
+result once. Under torch.compile the plain formulas are used instead, which the compiler fuses itself.
+Left out: everything that a matrix product dominates.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb as megatron_rope
+from megatron.core.transformer.module import MegatronModule
+
+
+def apply_rope(t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None):
+    """Stands for megatron's apply_rotary_pos_emb: t [s, b, heads, d] turned by freqs [s, 1, 1, r], r <= d (RoFormer, arXiv 2104.09864).
+
+    The result lies in memory as [b, heads, s, d], which scaled_dot_product_attention reads fastest, and is a view [s, b, heads, d].
+    """
+    if cu_seqlens is not None or mscale != 1.0 or config.rotary_interleaved or config.apply_rope_fusion:
+        return megatron_rope(t, freqs, config, cu_seqlens=cu_seqlens, mscale=mscale, cp_group=cp_group)
+    half = freqs[..., :freqs.size(-1) // 2]
+    cos, sin = half.cos().to(t.dtype), half.sin().to(t.dtype)
+    if torch.compiler.is_compiling():
+        t1, t2, rest = t.split([half.size(-1), half.size(-1), t.size(-1) - freqs.size(-1)], dim=-1)
+        return torch.cat([t1 * cos - t2 * sin, t2 * cos + t1 * sin, rest], dim=-1)
+    return _Rope.apply(t, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        s, b, heads, d = t.shape
+        return _rotate(t, cos, sin, t.new_empty(b, heads, s, d).permute(2, 0, 1, 3), sign=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), sign=-1), None, None
+
+
+def _rotate(t, cos, sin, out, sign: int):
+    """Each pair (t1, t2) turned by the angle (sign 1) or back (sign -1)."""
+    r = cos.size(-1)
+    t1, t2 = t[..., :r], t[..., r:2 * r]
+    torch.mul(t1, cos, out=out[..., :r]).addcmul_(t2, sin, value=-sign)
+    torch.mul(t2, cos, out=out[..., r:2 * r]).addcmul_(t1, sin, value=sign)
+    if t.size(-1) > 2 * r:
+        out[..., 2 * r:] = t[..., 2 * r:]
+    return out
+
+
+class SwiGLU(MegatronModule):
+    """silu(gate) * up for x = [gate, up] (arXiv 2002.05202); what megatron builds as an MLP's activation module."""
+
+    def forward(self, x):
+        """[..., 2 f] -> [..., f]"""
+        if torch.compiler.is_compiling():
+            gate, up = x.chunk(2, dim=-1)
+            return F.silu(gate) * up
+        return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_x

@@ -5,8 +5,10 @@ configuration error answer in under a second.
 """
 
 import argparse
+import hashlib
 import os
 import sys
+import tempfile
 
 OK, ERROR, USAGE = 0, 1, 2
 
@@ -41,8 +43,18 @@ def _train(run) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    """Print without a traceback. A configuration error is the same on every rank; another one may be known to one rank only."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or code != USAGE:
-        print(f"rank {rank}: {message}" if rank else message, file=sys.stderr, flush=True)
+    """Print without a traceback, once per machine: ranks that fail alike say so once, and whichever is first says it, because
+    torchrun ends the others as soon as one has left."""
+    if "RANK" not in os.environ or _is_first_to_say(message):
+        print(message, file=sys.stderr, flush=True)
     return code
+
+
+def _is_first_to_say(message: str) -> bool:
+    # The parent is torchrun's agent, so its process id names this start of this job.
+    said = f"trireme-{os.getppid()}-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    try:
+        os.close(os.open(os.path.join(tempfile.gettempdir(), said), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

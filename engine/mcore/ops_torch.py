@@ -1,4 +1,4 @@
-"""Elementwise operations of the torch backend in few passes over memory: rotary embedding and the SwiGLU gate.
+"""Elementwise operations of the torch backend in few passes over memory: rotary embedding, the SwiGLU gate and RMSNorm.
 
 Written as autograd functions because a CPU is limited by memory here: each saves what its backward needs and writes every
 result once. Under torch.compile the plain formulas are used instead, which the compiler fuses itself.
@@ -77,3 +77,30 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(F.silu(gate), grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grad_x
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); statistics in fp32."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rstd = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # [..., 1], fp32
+        ctx.save_for_backward(x, weight, rstd)
+        return torch.mul(x, rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        unit = torch.mul(x, rstd)  # x / rms, fp32
+        scaled = torch.mul(grad, weight.float())
+        along = torch.linalg.vecdot(scaled, unit).unsqueeze(-1).div_(x.size(-1))
+        grad_weight = torch.mul(grad, unit).view(-1, x.size(-1)).sum(0)
+        return scaled.addcmul_(unit, along, value=-1).mul_(rstd).to(x.dtype), grad_weight.to(weight.dtype), None

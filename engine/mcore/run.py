@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from engine.mcore import build, masks
 
@@ -124,6 +124,22 @@ class ParallelModel:
             chunk.eval()
         return self._run(micro_batches, forward_only=True)
 
+    @torch.no_grad()
+    def score(self, batch: dict) -> torch.Tensor:
+        """log-probability of each label, fp32 [b, s], on every rank of the replica; b is a multiple of train.micro_batch."""
+        for chunk in self.chunks:
+            chunk.eval()
+        size = self.run.train.micro_batch
+        pieces = [{name: t[row:row + size] for name, t in batch.items()} for row in range(0, len(batch["tokens"]), size)]
+        wanted = len(pieces)
+        if self.run.parallel.vpp > 1:  # the interleaved schedule runs whole rounds of pp micro-batches
+            pieces += [pieces[-1]] * (-wanted % self.topology.pp)
+        outputs = self._pass([self._place(piece) for piece in pieces], self._collect, forward_only=True)
+        logp = torch.cat(outputs[:wanted]) if outputs else torch.empty(batch["tokens"].shape, device=self.topology.device)
+        if self.topology.pp > 1:
+            dist.broadcast(logp, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+        return logp
+
     # --- one pass through the schedule ------------------------------------------------------------------------------
 
     def _run(self, micro_batches: list[dict], forward_only: bool) -> Result:
@@ -131,9 +147,13 @@ class ParallelModel:
         count = self._global_count(batches)
         self._aux_divisor = self._tokens_for_aux(batches)
         self.num_microbatches = len(batches)
+        return self._reduce(self._pass(batches, partial(self._loss, count=count), forward_only), count)
+
+    def _pass(self, batches: list[dict], on_output, forward_only: bool) -> list:
+        """Drive megatron's schedule over the micro-batches; what on_output(batch, nll) reports, on the last pp rank."""
         shape = batches[0]["tokens"].shape
-        outputs = self._forward_backward(
-            forward_step_func=partial(self._forward_step, count=count),
+        return self._forward_backward(
+            forward_step_func=partial(self._forward_step, on_output=on_output),
             data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
@@ -141,7 +161,6 @@ class ParallelModel:
             micro_batch_size=shape[0],
             forward_only=forward_only,
         )
-        return self._reduce(outputs, count)
 
     def _place(self, batch: dict) -> dict:
         """The micro-batch on this rank's device."""
@@ -168,7 +187,7 @@ class ParallelModel:
         t = self.topology
         return sum(batch["tokens"].numel() for batch in batches) * t.dp / (t.tp * t.cp)
 
-    def _forward_step(self, data_iterator, chunk, count):
+    def _forward_step(self, data_iterator, chunk, on_output):
         full = next(data_iterator)
         seq_len = full["tokens"].size(1)
         t = self.topology
@@ -179,7 +198,7 @@ class ParallelModel:
             labels=batch["labels"],
             **self._attention(full, seq_len),
         )
-        return nll, partial(self._loss, full, count)
+        return nll, partial(on_output, full)
 
     def _attention(self, full, seq_len) -> dict:
         if self.on_te:
@@ -189,17 +208,25 @@ class ParallelModel:
         t = self.topology
         return dict(attention_mask=masks.document_mask(full.get("segment_ids"), seq_len, t.cp_rank, t.cp, full["tokens"].device))
 
-    def _loss(self, batch, count, nll):
+    def _loss(self, batch, nll, count):
         """nll [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
-        logp = -nll.float()
-        if self.topology.cp > 1:
-            # Backward keeps this rank's slice only: every cp rank computes the whole loss.
-            gathered = gather_from_sequence_parallel_region(logp.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
-                                                            group=mpu.get_context_parallel_group())
-            logp = masks.unshard(gathered.transpose(0, 1), self.topology.cp)
-        loss = self.stage.loss(self.role, logp, batch)
+        loss = self.stage.loss(self.role, self._whole(nll), batch)
         report = {"loss": (loss.sum.detach().clone(), torch.zeros_like(count)), **loss.metrics}  # clone: the schedule divides in place
         return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=nll.device), report
+
+    def _collect(self, batch, nll):
+        logp = self._whole(nll).contiguous()
+        return logp.sum(), torch.zeros([], dtype=torch.int, device=nll.device), logp
+
+    def _whole(self, nll) -> torch.Tensor:
+        """nll [b, s / cp] of this cp rank -> log-probabilities fp32 [b, s]. Differentiable: every cp rank computes the whole
+        loss, and backward keeps this rank's slice."""
+        logp = -nll.float()
+        if self.topology.cp == 1:
+            return logp
+        gathered = gather_from_sequence_parallel_region(logp.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
+                                                        group=mpu.get_context_parallel_group())
+        return masks.unshard(gathered.transpose(0, 1), self.topology.cp)
 
     # --- reporting --------------------------------------------------------------------------------------------------
 

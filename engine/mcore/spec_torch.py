@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from engine.mcore import masks
-from engine.mcore.ops_torch import SwiGLU, apply_rope
+from engine.mcore.ops_torch import RMSNorm, SwiGLU, apply_rope
 
 megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choice here; ours hands other cases back to it
 
@@ -104,7 +104,7 @@ class Norm:
     """RMSNorm or LayerNorm as config.normalization says."""
 
     def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_):
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        kind = {"RMSNorm": RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
             # Each tp rank sees a slice of the sequence, so megatron must sum these gradients over tp.

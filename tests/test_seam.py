@@ -1,0 +1,122 @@
+"""The shape of the tree: one folder touches megatron, imports point one way, and what needs no torch answers without it."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("engine", "data_tools", "launch", "examples", "csrc")
+ENGINES = {"megatron", "transformer_engine", "apex"}
+
+# Who may import whom inside the project; a name stands for everything below it. The open ones are for all of engine.
+OPEN = {"engine.config", "engine.stage", "engine.log"}
+MAY_IMPORT = {
+    "engine.config": {"engine.checks", "engine.models"},
+    "engine.checks": {"engine.stages"},
+    "engine.models": {"engine.models"},
+    "engine.stage": set(),
+    "engine.schedule": set(),
+    "engine.metrics": set(),
+    "engine.log": set(),
+    "engine.losses": set(),
+    "engine.data": {"engine.data", "engine._csrc", "data_tools"},
+    "engine.stages": {"engine.stages", "engine.data", "engine.losses", "engine.schedule"},
+    "engine.hf": {"engine.hf"},
+    "engine.mcore": {"engine.mcore"},
+    "engine.train": {"engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics"},
+    "engine.cli": {"engine.train", "engine.mcore"},
+    "data_tools": {"data_tools", "engine.data"},
+    "launch": {"engine", "data_tools"},
+    "examples": {"engine", "data_tools"},
+    "csrc": set(),
+}
+
+
+def python_files() -> list[Path]:
+    files = [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 30, "the scan looks in the wrong place"
+    return files
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names a file imports anywhere in it, a function's body included: `from a.b import c` is a.b.c."""
+    names = set()
+    package = path.with_suffix("").parts
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[:-node.level]) if node.level else ""
+            names |= {".".join(filter(None, (base, node.module, alias.name))) for alias in node.names}
+    return names
+
+
+def is_below(name: str, roots) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def unit(path: Path) -> str:
+    """The key of MAY_IMPORT that a file belongs to: engine/data/text.py is engine.data, launch/pretrain.py is launch."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:2]) if parts[0] == "engine" else parts[0]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=str)
+def test_imports_point_one_way(path):
+    outside = path.parts[:2] != ("engine", "mcore")
+    assert not (outside and {name for name in imports(path) if is_below(name, ENGINES)}), "only engine/mcore/ imports these"
+    own = {name for name in imports(path) if name.split(".")[0] in ("engine", "data_tools", "launch", "tests")}
+    if path == Path("engine/__init__.py"):
+        allowed = set()
+    else:
+        assert unit(path) in MAY_IMPORT, f"say in MAY_IMPORT what {unit(path)} may import"
+        allowed = MAY_IMPORT[unit(path)] | (OPEN if path.parts[0] == "engine" else set())
+    wrong = {name for name in own if not is_below(name, allowed)}
+    assert not wrong, f"{unit(path)} may import {sorted(allowed)}, not {sorted(wrong)}"
+
+
+def test_nothing_imports_dynamically_around_the_scan():
+    """Only engine/stages/__init__.py imports by a computed name, from its own table."""
+    found = [str(path) for path in python_files() if any(word in (ROOT / path).read_text() for word in ("import_module", "__import__"))]
+    assert found == ["engine/stages/__init__.py"]
+
+
+def python(*args: str, **environment: str) -> tuple[subprocess.CompletedProcess, float]:
+    """(what a fresh interpreter did, seconds)."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, **environment})
+    return done, time.perf_counter() - start
+
+
+@pytest.fixture
+def no_torch(tmp_path) -> dict[str, str]:
+    """Environment variables of an interpreter where importing torch or megatron fails."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = sys.modules['megatron'] = None\n")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_the_fixture_refuses_torch(no_torch):
+    done, _ = python("-c", "import torch", **no_torch)
+    assert done.returncode == 1 and "import of torch halted" in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.py")))
+def test_help_is_instant_and_needs_no_torch(no_torch, script):
+    runs = [python(f"launch/{script}", "--help", **no_torch) for _ in range(2)]
+    assert all(done.returncode == 0 and "usage:" in done.stdout for done, _ in runs), runs[0][0].stderr
+    assert min(seconds for _, seconds in runs) < 1.0      # the faster of two: another process may hold the disk
+
+
+def test_configuration_errors_need_no_torch(no_torch, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {dir: x}\nmodel: {family: lama}\ntrain: {seq_len: 8, global_batch: 2, steps: 1}\n")
+    done, seconds = python("launch/pretrain.py", str(path), "parallel.tp=3", "train.stepz=4", **no_torch)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{path}: " in done.stderr and "did you mean llama?" in done.stderr and "train.stepz is no key" in done.stderr
+    assert seconds < 2.0

@@ -22,10 +22,9 @@ help:
 
 setup: $(VENV)/.installed
 
-# torch comes first and alone, so that nothing else chooses its build. Without an NVIDIA driver: the CPU build, from
-# wherever pip already looks, else from PyTorch's own index; where neither has one (macOS), the default build.
+# torch comes first and alone, so that nothing else chooses its build. Without an NVIDIA driver the CPU build is tried first
+# (from wherever pip is told to look), then the default build, which runs on a CPU too but is much larger.
 TORCH = $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is needed, and $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v)'
@@ -33,9 +32,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install -q -c constraints.txt setuptools pybind11
 	@echo "installing $(TORCH)"
 	@if command -v nvidia-smi >/dev/null; then $(PIP) install -q $(TORCH); \
-	else $(PIP) install -q $(TORCH)+cpu 2>/dev/null \
-	  || $(PIP) install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_CPU_INDEX) $(TORCH)+cpu 2>/dev/null \
-	  || $(PIP) install -q $(TORCH); fi
+	else $(PIP) install -q $(TORCH)+cpu 2>/dev/null || $(PIP) install -q $(TORCH); fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)

@@ -17,7 +17,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _layers, _vocabulary, _sequence, _learned_positions,
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
-              _fp8, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation)
+              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
         for check in (_world, _expert_world, _world_batch, _world_rampup):
@@ -166,6 +166,11 @@ def _capacity(run):
     moe = run.model.moe
     if moe.num_experts and moe.pad_to_capacity and not moe.capacity_factor:
         yield "model.moe.pad_to_capacity needs a capacity_factor; set model.moe.capacity_factor, 1.0 say"
+    elif moe.num_experts and moe.pad_to_capacity and moe.capacity_factor * moe.top_k > moe.num_experts:
+        yield (f"model.moe.capacity_factor({moe.capacity_factor}) with pad_to_capacity makes room for more tokens than there are; it drops "
+               f"nothing from num_experts({moe.num_experts}) / top_k({moe.top_k}) = {moe.num_experts / moe.top_k:g} on, so lower it to that")
+    if moe.num_experts and moe.capacity_factor and moe.balance == "sinkhorn":
+        yield f"model.moe.capacity_factor({moe.capacity_factor}) has no meaning for balance=sinkhorn, which fills experts evenly; set it to 0"
 
 
 def _moe_layers(run):
@@ -195,6 +200,8 @@ def _backend(run):
         yield "train.backend=te needs a GPU, but run.device=cpu; set train.backend=torch"
     if run.parallel.tp_comm_overlap and train.backend == "torch":
         yield "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"
+    elif run.parallel.tp_comm_overlap and not run.parallel.sequence_parallel:
+        yield "parallel.tp_comm_overlap overlaps the communication of sequence parallel; set parallel.sequence_parallel=true"
 
 
 def _fp8(run):
@@ -205,11 +212,37 @@ def _fp8(run):
         yield f"train.fp8.recipe={train.fp8.recipe} needs Transformer Engine, but train.backend=torch; set train.backend=te"
     if train.fp8.recipe != "none" and train.precision != "bf16":
         yield f"train.fp8.recipe={train.fp8.recipe} works beside bf16, but train.precision={train.precision}; set it to bf16"
+    if train.fp8.params and train.fp8.recipe == "mxfp8":
+        yield "train.fp8.params=true, but parameters of train.fp8.recipe=mxfp8 cannot share the buffer that is gathered; set params=false"
+    elif train.fp8.params and train.fp8.recipe != "none" and not run.parallel.zero1:
+        yield "train.fp8.params keeps master weights in the optimizer of parallel.zero1; set zero1=true"
+
+
+def _fp8_sizes(run):
+    """What an FP8 matrix product asks of both of its dims: multiples of 16, of 32 under mxfp8."""
+    model, p, train = run.model, run.parallel, run.train
+    if train.fp8.recipe == "none" or model.num_attention_heads % p.tp or (not model.head_dim and model.hidden_size % model.num_attention_heads):
+        return
+    multiple, kv = 32 if train.fp8.recipe == "mxfp8" else 16, model.kv_heads * model.head_size
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "num_attention_heads * head_dim / tp": model.num_attention_heads * model.head_size // p.tp,
+        "(num_attention_heads + 2 * num_query_groups) * head_dim / tp": (model.num_attention_heads * model.head_size + 2 * kv) // p.tp,
+        "model.ffn_hidden_size / tp": model.ffn_hidden_size // p.tp,
+        "expert width / etp": model.moe_ffn_hidden_size // p.expert_tp if model.moe.num_experts else 0,
+        "model.moe.shared_expert_ffn_hidden_size / tp": model.moe.shared_expert_ffn_hidden_size // p.tp,
+        "tokens of a micro-batch per rank": train.seq_len * train.micro_batch // (p.cp * (p.tp if p.sequence_parallel else 1)),
+    }
+    wrong = [f"{name}({size})" for name, size in sizes.items() if size % multiple]
+    if wrong:
+        yield f"train.fp8.recipe={train.fp8.recipe} multiplies matrices whose dims are multiples of {multiple}, which {', '.join(wrong)} is not"
 
 
 def _precision_aware(run):
     if run.optim.precision_aware and not run.parallel.zero1:
         yield "optim.precision_aware needs parallel.zero1=true"
+    if run.optim.precision_aware and run.train.precision != "bf16":
+        yield f"optim.precision_aware keeps gradients and moments in bf16, but train.precision={run.train.precision}; set it to bf16"
 
 
 def _rampup(run):

@@ -10,7 +10,10 @@ import os
 import sys
 import tempfile
 
+import psutil
+
 OK, ERROR, USAGE = 0, 1, 2
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo's words, and NCCL's
 
 
 def main(doc: str) -> int:
@@ -36,6 +39,10 @@ def _train(run) -> int:
         train(run)
     except ValueError as error:  # what a person must mend; anything else is ours and keeps its traceback
         return _say(f"error: {error}", ERROR)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        return _say("error: another rank has ended, so this one cannot go on; that rank's own message says why", ERROR)
     except KeyboardInterrupt:
         return _say("interrupted", ERROR)
     topology.stop()
@@ -51,8 +58,9 @@ def _say(message: str, code: int) -> int:
 
 
 def _is_first_to_say(message: str) -> bool:
-    # The parent is torchrun's agent, so its process id names this start of this job.
-    said = f"trireme-{os.getppid()}-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    # The parent is torchrun's agent; its process id and time of birth name this start of this job, also where ids come again.
+    born = psutil.Process(os.getppid()).create_time()
+    said = f"trireme-{os.getppid()}-{born:.2f}-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
     try:
         os.close(os.open(os.path.join(tempfile.gettempdir(), said), os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -14,7 +14,11 @@ import tempfile
 import traceback
 from multiprocessing.connection import wait
 
+# A MoE model is kept alive by autograd hooks that no garbage collector sees, and with it the threads of its process groups,
+# some fifty a job; a new fork costs less than they do.
+JOBS_PER_POOL = 12
 _pool: list = []
+_num_jobs = 0
 
 
 class RankError(AssertionError):
@@ -23,6 +27,10 @@ class RankError(AssertionError):
 
 def run(num_ranks: int, function, *args, timeout: float = 240.0) -> list:
     """function(*args) on ranks 0..num_ranks-1 under torchrun's environment variables. Returns their results in rank order."""
+    global _num_jobs
+    if _num_jobs == JOBS_PER_POOL:
+        shutdown()
+    _num_jobs += 1
     _grow(num_ranks)
     workers = _pool[:num_ranks]
     store = tempfile.mktemp(prefix="trireme-store-")
@@ -49,12 +57,21 @@ def run(num_ranks: int, function, *args, timeout: float = 240.0) -> list:
 
 
 def shutdown() -> None:
-    """End every rank; the next run starts new ones."""
+    """End every rank; the next run starts new ones. An idle rank leaves by itself, and with it the helper processes that megatron
+    starts for checkpoints; one that is stuck is killed."""
+    for _, pipe in _pool:
+        try:
+            pipe.send(None)
+        except OSError:
+            pass  # it died already
     for process, _ in _pool:
-        process.kill()
-    for process, _ in _pool:
-        process.join()
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+            process.join()
     _pool.clear()
+    global _num_jobs
+    _num_jobs = 0
 
 
 atexit.register(shutdown)
@@ -80,21 +97,21 @@ def _serve(pipe) -> None:
     import torch
     import torch.distributed as dist
 
+    from engine.mcore import topology
+
     torch.set_num_threads(1)
-    world = None
     while True:
         try:
-            function, args, rank, num_ranks, store = pipe.recv()
+            job = pipe.recv()
         except EOFError:
             return
+        if job is None:
+            return
+        function, args, rank, num_ranks, store = job
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
-            if world is not None:
-                from engine.mcore import topology
-
-                topology.stop()
             dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
-            world = num_ranks
             pipe.send((True, function(*args)))
+            topology.stop()
         except BaseException:
             pipe.send((False, traceback.format_exc()))

@@ -1,6 +1,10 @@
 """Imported once by the fork server of ranks.py, so that no rank imports megatron again."""
 
-from engine.mcore import cpu
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks are CPU ranks also where there is a GPU
+
+from engine.mcore import cpu  # noqa: E402
 
 cpu.install()
 

@@ -17,3 +17,12 @@ def test_the_table_notices_a_wrong_loss():
     row = parity_table.case("moe", 1, micro_batch=2)
     found = parity_table.difference(parity_table.reference("moe"), ranks.run(1, parity_table.train, "moe", {}, row.train, 1))
     assert max(found) > parity_table.LIMIT
+
+
+def test_global_balancing_loss_over_dp():
+    """With one micro-batch per rank the global loss has nothing to run over, and two dp ranks must equal one."""
+    import ranks
+
+    one = ranks.run(1, parity_table.train, "moe-global", {}, {"micro_batch": 8}, 1)
+    two = ranks.run(2, parity_table.train, "moe-global", {}, {"micro_batch": 4}, 2)
+    assert max(parity_table.difference(one, two)) < parity_table.LIMIT

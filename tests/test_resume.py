@@ -85,3 +85,15 @@ def test_another_model_is_refused_by_name(raw_run, tmp_path):
     other = merged(raw_run, {"run": {"dir": str(tmp_path / "x")}, "model": {"ffn_hidden_size": 64}, "checkpoint": {"load": raw_run["run"]["dir"]}})
     with pytest.raises(ranks.RankError, match="holds another model: model.ffn_hidden_size is 64, the checkpoint has 48"):
         on_ranks(1, other)
+
+
+def test_overlapped_gathers_change_neither_losses_nor_saved_weights(raw_run, tmp_path):
+    """With overlap_param_gather a rank's weights are complete only once they were gathered; saving in mid-run must not matter."""
+    from engine.mcore.checkpoint import read_tensors
+
+    runs = {name: merged(raw_run, {"run": {"dir": str(tmp_path / name)}, "parallel": {"zero1": True, **layout}, "checkpoint": {"save_every": every}})
+            for name, layout, every in (("plain", {}, 0), ("overlap", {"overlap_grad_reduce": True, "overlap_param_gather": True}, 2))}
+    plain, overlap = (losses(on_ranks(2, run)) for run in runs.values())
+    assert plain == overlap
+    plain, overlap = (read_tensors(tmp_path / name) for name in runs)
+    assert plain.keys() == overlap.keys() and all(np.array_equal(plain[k], overlap[k]) for k in plain)

@@ -81,8 +81,9 @@ def test_imports_point_one_way(path):
 
 
 def test_nothing_imports_dynamically_around_the_scan():
-    """Only engine/stages/__init__.py imports by a computed name, from its own table."""
-    found = [str(path) for path in python_files() if any(word in (ROOT / path).read_text() for word in ("import_module", "__import__"))]
+    """Outside the seam only engine/stages/__init__.py imports by a computed name, from its own table."""
+    outside = [path for path in python_files() if "mcore" not in path.parts]
+    found = [str(path) for path in outside if any(word in (ROOT / path).read_text() for word in ("import_module", "__import__"))]
     assert found == ["engine/stages/__init__.py"]
 
 

@@ -89,6 +89,7 @@ def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: to
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
     path = folder / f"shard-{number}.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
     return path, list(tensors)
 
 

@@ -24,7 +24,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from engine.mcore import te_problem
 from engine.mcore.linear_ce import OutputLayer
+from engine.mcore.quantized import plain_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GELU = functools.partial(F.gelu, approximate="tanh")
@@ -38,20 +40,14 @@ def backend_of(run, device: str) -> str:
     """
     if run.train.backend == "torch":
         return "torch"
-    problem = "there is no GPU" if device == "cpu" else _te_problem()
+    problem = "there is no GPU" if device == "cpu" else te_problem
     if run.train.backend == "te" and problem:
         raise ValueError(f"train.backend=te, but {problem}; set train.backend=torch, or install Transformer Engine (docs/gpu.md)")
     if run.train.fp8.recipe != "none" and problem:
         raise ValueError(f"train.fp8.recipe={run.train.fp8.recipe} needs Transformer Engine, but {problem}; set it to none")
+    if run.parallel.tp_comm_overlap and problem:
+        raise ValueError(f"parallel.tp_comm_overlap needs Transformer Engine, but {problem}; set it to false")
     return "torch" if problem else "te"
-
-
-def _te_problem() -> str:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a half-installed Transformer Engine raises more than ImportError
-        return f"Transformer Engine cannot be imported ({type(error).__name__}: {error})"
-    return ""
 
 
 def transformer_config(run, device: str) -> TransformerConfig:
@@ -59,6 +55,8 @@ def transformer_config(run, device: str) -> TransformerConfig:
     model, p, train = run.model, run.parallel, run.train
     on_te = backend_of(run, device) == "te"
     dtype = DTYPES[train.precision]
+    # FP8 parameters record the largest value they are given, so what they hold before init_weights must be finite.
+    init = torch.nn.init.zeros_ if train.fp8.params else _leave
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -78,9 +76,9 @@ def transformer_config(run, device: str) -> TransformerConfig:
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         # init_weights fills the parameters; megatron still has to run its own init, which marks them as split over tp.
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=init,
+        output_layer_init_method=init,
+        embedding_init_method=init,
         apply_query_key_layer_scaling=False,
         attention_softmax_in_fp32=True,
         params_dtype=dtype,
@@ -92,6 +90,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         pipeline_model_parallel_size=p.pp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         context_parallel_size=p.cp,
+        cp_comm_type="all_gather" if model.sliding_window else "p2p",  # te's ring has no sliding window; torch always gathers
         expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=p.expert_tp,
         sequence_parallel=p.sequence_parallel,
@@ -103,11 +102,11 @@ def transformer_config(run, device: str) -> TransformerConfig:
         calculate_per_token_loss=True,  # DDP then sums gradients; run.py divides the loss by the global count beforehand
         deterministic_mode=run.run.deterministic,
         bias_activation_fusion=on_te and model.activation == "swiglu" and not model.linear_bias,
-        bias_dropout_fusion=on_te,
+        bias_dropout_fusion=on_te and not (model.moe.num_experts and model.linear_bias),  # grouped experts with biases refuse it
         apply_rope_fusion=on_te,
         masked_softmax_fusion=False,
         persist_layer_norm=on_te,
-        gradient_accumulation_fusion=on_te and _apex_grad_fusion(),
+        gradient_accumulation_fusion=on_te,
         use_te_activation_func=not on_te and model.activation == "swiglu",  # ops_torch.SwiGLU
         tp_comm_overlap=p.tp_comm_overlap,
         **_recompute(train),
@@ -118,14 +117,6 @@ def transformer_config(run, device: str) -> TransformerConfig:
 
 def _leave(tensor):
     return tensor
-
-
-def _apex_grad_fusion() -> bool:
-    try:
-        import fused_weight_gradient_mlp_cuda  # noqa: F401
-    except Exception:
-        return False
-    return True
 
 
 def _recompute(train) -> dict:
@@ -146,6 +137,8 @@ def _experts(run, on_te: bool) -> dict:
     if not moe.num_experts:
         return {}
     with_loss = moe.balance in ("aux_loss", "seq_aux_loss", "global_aux_loss") and moe.aux_loss_coeff > 0
+    # The global loss is one value for all dp ranks, each of which adds its share of it, and DDP sums shares as it sums losses.
+    coeff = moe.aux_loss_coeff * (mpu.get_data_parallel_world_size() if moe.balance == "global_aux_loss" else 1)
     return dict(
         num_moe_experts=moe.num_experts,
         moe_router_topk=moe.top_k,
@@ -153,7 +146,7 @@ def _experts(run, on_te: bool) -> dict:
         moe_shared_expert_intermediate_size=moe.shared_expert_ffn_hidden_size or None,
         moe_layer_freq=[int(flag) for flag in model.moe_layers],
         moe_router_load_balancing_type=moe.balance if with_loss or moe.balance == "sinkhorn" else "none",
-        moe_aux_loss_coeff=moe.aux_loss_coeff if with_loss else 0.0,
+        moe_aux_loss_coeff=coeff if with_loss else 0.0,
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_enable_expert_bias=moe.balance == "aux_free",
         moe_router_bias_update_rate=moe.bias_update_rate,
@@ -176,6 +169,7 @@ class TokenModel(GPTModel):
         self.real_vocab_size = real_vocab_size
         if self.post_process:
             self.output_layer.__class__ = OutputLayer  # megatron has no spec for this layer; its parameters and state stay
+            self.output_layer.gradient_accumulation_fusion = False  # apex's, where the logits themselves are differentiated
 
     def _postprocess(self, hidden_states, labels=None, **kwargs):
         """Hidden states [s, b, h] -> minus log-probability of each label, fp32 [b, s]; without labels logits, as megatron's."""
@@ -236,18 +230,19 @@ def init_weights(chunk: GPTModel, run) -> None:
 
     Residual outputs (attention projection, second MLP matrix) get std / sqrt(2 * layers), as in GPT-2 and megatron.
     """
-    state = chunk.sharded_state_dict(prefix="")
-    apply_factories(state)
-    for shard in sharded_tensors(state):
-        name, data = shard.key, shard.data
-        if name.endswith("bias"):
-            data.zero_()
-        elif "layernorm" in name or "layer_norm" in name:
-            data.fill_(1.0)
-        else:
-            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            std = run.model.init_std / math.sqrt(2 * run.model.num_layers) if residual else run.model.init_std
-            _draw(shard, std, run.run.seed)
+    with plain_parameters(chunk):
+        state = chunk.sharded_state_dict(prefix="")
+        apply_factories(state)
+        for shard in sharded_tensors(state):
+            name, data = shard.key, shard.data
+            if name.endswith("bias"):
+                data.zero_()
+            elif "layernorm" in name or "layer_norm" in name:
+                data.fill_(1.0)
+            else:
+                residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                std = run.model.init_std / math.sqrt(2 * run.model.num_layers) if residual else run.model.init_std
+                _draw(shard, std, run.run.seed)
 
 
 def sharded_tensors(state):
@@ -278,10 +273,13 @@ def build_model(run, device: str) -> list[DistributedDataParallel]:
     if run.train.compile:
         for chunk in chunks:
             compile_layers(chunk)
+    # The interleaved schedule starts gathers for all chunks at once; without it each module's forward starts the next one's.
+    align_gather = run.parallel.overlap_param_gather and run.parallel.vpp > 1
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not run.optim.precision_aware,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        align_param_gather=align_gather,
         use_distributed_optimizer=run.parallel.zero1,
         fp8_param_gather=run.train.fp8.params,
         check_for_nan_in_grad=False,  # run.py looks at the global norm before the weights change
@@ -294,9 +292,8 @@ def build_model(run, device: str) -> list[DistributedDataParallel]:
         if run.parallel.vpp > 1:
             starts = [chunk.start_grad_sync for chunk in wrapped]
             config.grad_sync_func = starts
-    if run.parallel.overlap_param_gather:
-        starts = [chunk.start_param_sync for chunk in wrapped]
-        config.param_sync_func = starts if len(starts) > 1 else starts[0]
+    if align_gather:
+        config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
 
 
@@ -313,8 +310,14 @@ def compile_layers(chunk) -> None:
 
 
 def build_optimizer(run, chunks):
-    """megatron's optimizer (ChainedOptimizer) over the chunks: AdamW with fp32 master weights, ZeRO-1 if asked."""
+    """megatron's optimizer (ChainedOptimizer) over the chunks: AdamW with fp32 master weights, ZeRO-1 if asked.
+
+    Raises ValueError when optim.precision_aware asks for Transformer Engine's FusedAdam and there is none.
+    """
     optim, train = run.optim, run.train
+    if optim.precision_aware and te_problem:
+        raise ValueError(f"optim.precision_aware needs Transformer Engine's optimizer, but {te_problem}; set it to false")
+    low = torch.bfloat16 if optim.precision_aware else torch.float32
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -332,9 +335,19 @@ def build_optimizer(run, chunks):
         loss_scale_window=optim.loss_scale_window,
         use_distributed_optimizer=run.parallel.zero1,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        fp8_recipe=train.fp8.recipe if train.fp8.params else None,  # how master weights become parameters
         use_precision_aware_optimizer=optim.precision_aware,
+        main_grads_dtype=low,
+        exp_avg_dtype=low,
+        exp_avg_sq_dtype=low,
+        store_param_remainders=False,  # whole fp32 masters, so that a checkpoint is the same with and without
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    for part in optimizer.chained_optimizers[1:]:
+        part.grad_scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)  # one loss, one scale; see run.py
+    for group in optimizer.param_groups:
+        # megatron leaves this to its scheduler, which is not used here; without it norms and biases would decay too.
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     for part in torch_adams(optimizer):
         for group in part.param_groups:
             group["fused"] = True  # one pass over memory per step, on CPU and GPU alike

@@ -10,6 +10,7 @@ A folder appears under its name only when everything in it is written.
 Left out: asynchronous saving, hashes and clean-up of old folders.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.config import RunConfig, dump_config
 from engine.mcore import optim_state
@@ -71,10 +74,13 @@ def save(model, root: str | Path, position: Position) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    if model.optimizer is not None:
+        model.gather_weights()
     state = _model_state(model)
     if model.optimizer is not None:
         state["optimizer"] = optim_state.describe(model, state)
         state["random"] = _random_state(model.topology)
+    force_all_tensors_to_non_fp8(state)
     dist_checkpointing.save(state, str(temporary))
     if dist.get_rank() == 0:
         (temporary / "config.yaml").write_text(dump_config(model.run))
@@ -94,26 +100,32 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     folder = Path(folder)
     written_by = read_config(folder)
     _refuse_other_model(folder, written_by, model.run)
-    state = _model_state(model)
+    state, stored = _model_state(model), _stored_keys(folder)
+    absent = _pop_absent(state, stored)
     with_optimizer = optimizer and model.optimizer is not None
     if with_optimizer:
-        state["optimizer"] = optim_state.describe(model, state, stored=_stored_keys(folder))
+        state["optimizer"] = optim_state.describe(model, state, stored=stored)
         if _same_layout(written_by, model.run):
             state["random"] = _random_state(model.topology)
-    loaded = dist_checkpointing.load(state, str(folder))
+    with _reading(folder):
+        loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(model.chunks):
-        bare(chunk).load_state_dict(loaded[f"model{i}" if len(model.chunks) > 1 else "model"])
+        part = f"model{i}" if len(model.chunks) > 1 else "model"
+        bare(chunk).load_state_dict({**loaded[part], **dict.fromkeys(absent[part])})
     if with_optimizer:
         optim_state.restore(model, loaded["optimizer"])
         if "random" in loaded:
-            _restore_random(loaded["random"])
+            _restore_random(loaded["random"], model.topology.device)
     elif model.optimizer is not None:
         model.optimizer.reload_model_params()
+    if model.optimizer is not None:
+        model.gather_weights()
     return read_position(folder)
 
 
 def read_position(folder: str | Path) -> Position:
-    return Position(**json.loads((Path(folder) / "position.json").read_text()))
+    with _reading(folder):
+        return Position(**json.loads((Path(folder) / "position.json").read_text()))
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -122,18 +134,44 @@ def read_config(folder: str | Path) -> RunConfig:
     if found is None:
         raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with metadata.json); check checkpoint.load")
     # Not load_config: what a checkpoint was written with need not be a run that could start here (its data, its ranks).
-    return RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(found / "config.yaml")))
+    with _reading(found):
+        return RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(found / "config.yaml")))
 
 
 def _stored_keys(folder: Path) -> set[str]:
     from torch.distributed.checkpoint import FileSystemReader
 
-    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    with _reading(folder):
+        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+@contextlib.contextmanager
+def _reading(folder: str | Path) -> Iterator[None]:
+    """Whatever damaged files make torch, pickle, yaml or megatron raise becomes one CheckpointError that says what to do."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch's derives from BaseException and holds one error per rank
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise CheckpointError(f"{folder} is damaged ({type(cause).__name__}: {cause}). To go on from an earlier checkpoint, remove this "
+                              "folder or name another one in checkpoint.load") from error
 
 
 def _model_state(model) -> dict:
     names = [f"model{i}" for i in range(len(model.chunks))] if len(model.chunks) > 1 else ["model"]
     return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, map(bare, model.chunks))}
+
+
+def _pop_absent(state: dict, stored: set[str]) -> dict[str, list[str]]:
+    """Take out of `state` what the writer's layers had no state for; the names by part, for a layer to be told None.
+
+    Where Transformer Engine keeps FP8 state (`_extra_state`) the torch backend has nothing, in its norms for example.
+    """
+    absent = {part: [name for name, value in entries.items() if isinstance(value, ShardedObject) and value.unique_key not in stored]
+              for part, entries in state.items()}
+    for part, names in absent.items():
+        for name in names:
+            del state[part][name]
+    return absent
 
 
 def _metadata() -> dict:
@@ -151,11 +189,13 @@ def _random_state(topology) -> ShardedObject:
     return ShardedObject("random", state, (topology.pp, topology.tp), where, replica_id=mpu.get_data_parallel_rank(with_context_parallel=True))
 
 
-def _restore_random(state) -> None:
+def _restore_random(state, device: str) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    if ("cuda" in state) != (device == "cuda"):
+        return  # the generators of a CPU and of a GPU have different states; the run goes on with those of its seed
     torch.set_rng_state(state["torch"])
-    if "cuda" in state:
+    if device == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
 

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 
 import torch
 
@@ -26,6 +27,7 @@ def install() -> None:
     if getattr(torch, "_trireme_cpu", False):
         return
     torch._trireme_cpu = True
+    sys.modules.setdefault("transformer_engine", None)  # megatron would take its optimizer, which has no CPU code
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asserts it under tp; nothing reads it here
     _devices()
     _streams()

@@ -13,8 +13,11 @@ import torch
 
 def local_positions(seq_len: int, cp_rank: int, cp: int, device=None) -> torch.Tensor:
     """Positions [seq_len / cp] that cp_rank holds, in its order."""
-    chunks = torch.arange(seq_len, device=device).view(2 * cp, -1)
-    return torch.cat([chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]]) if cp > 1 else chunks.view(-1)
+    positions = torch.arange(seq_len, device=device)
+    if cp == 1:
+        return positions  # any length, also an odd one
+    chunks = positions.view(2 * cp, -1)
+    return torch.cat([chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]])
 
 
 def gathered_positions(seq_len: int, cp: int, device=None) -> torch.Tensor:

@@ -34,10 +34,11 @@ def _loss_names(moe) -> list[str]:
 
 
 def layer_norms(model) -> dict[str, dict[str, float]]:
-    """L2 norms of weights, and of gradients where one rank holds them whole (not under zero1), by layer.
+    """L2 norms of weights, and of gradients (as clipped) where one rank holds them whole (not under zero1), by layer.
 
     {"weight": {"layer_00": .., "embedding": .., "output": ..}, "grad": {...}}
     """
+    model.gather_weights()
     names = [f"layer_{i:02d}" for i in range(model.config.num_layers)] + ["embedding", "output"]
     squares = torch.zeros(2, 2, len(names), dtype=torch.float64, device=model.topology.device)  # [weight/grad, dense/expert, place]
     for chunk in model.chunks:
@@ -45,10 +46,10 @@ def layer_norms(model) -> dict[str, dict[str, float]]:
             where = 1 if ".experts." in name else 0, names.index(_place(name, bare(chunk)))
             squares[(0, *where)] += parameter.detach().double().square().sum()
             squares[(1, *where)] += parameter.main_grad.double().square().sum()
-    dist.all_reduce(squares[:, 0], group=mpu.get_model_parallel_group())
-    experts = squares[:, 1].contiguous()
+    dense, experts = (part.contiguous() for part in squares.unbind(1))  # a collective does not write into a strided view
+    dist.all_reduce(dense, group=mpu.get_model_parallel_group())
     dist.all_reduce(experts, group=mpu.get_expert_tensor_model_pipeline_parallel_group())
-    norms = (squares[:, 0] + experts).sqrt().tolist()
+    norms = (dense + experts).sqrt().tolist()
     kinds = ("weight",) if model.run.parallel.zero1 else ("weight", "grad")
     return {kind: dict(zip(names, values)) for kind, values in zip(kinds, norms)}
 

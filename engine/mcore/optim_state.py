@@ -6,7 +6,7 @@
 
 Keys are `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.<parameter>`, megatron's own. Its state_dict of an optimizer is not
 used: its parameter groups depend on the layout (experts apart or not), and everything in them follows from the configuration
-and the schedule anyway. Left out: moments kept in lower precision (optim.precision_aware), which megatron stores itself.
+and the schedule anyway. Moments kept in lower precision (optim.precision_aware) are stored in fp32 like the others.
 """
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 KINDS = ("exp_avg", "exp_avg_sq", "fp32_param")
@@ -28,10 +29,21 @@ def describe(model, model_state: dict, stored: set[str] | None = None) -> dict:
     for i, part in enumerate(model.optimizer.chained_optimizers):
         if getattr(part, "is_stub_optimizer", False):
             continue
+        _make_moments(part.optimizer)
         tensors = _zero1(part, model_state, stored is not None) if isinstance(part, DistributedOptimizer) else _whole(part, model_state)
         described["parts"][i] = {j: {kind: t for kind, t in kinds.items() if stored is None or t.key in stored}
                                  for j, kinds in tensors.items()}
     return described
+
+
+def _make_moments(adam) -> None:
+    """Transformer Engine's FusedAdam makes its state in its first step; a checkpoint may be wanted before (build.py fills torch's)."""
+    if isinstance(adam, torch.optim.AdamW):
+        return
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.initialize_state(parameter, False)  # False: whole masters, see store_param_remainders in build.py
 
 
 def restore(model, loaded: dict) -> None:
@@ -97,14 +109,15 @@ def _zero1(part, model_state, is_loading: bool) -> dict:
 def _restore_zero1(part, tensors: dict, step: float) -> None:
     """Cut this rank's ranges out of whole parameters. `tensors`: {running number of the parameter: {kind: tensor}}."""
     original = type(part)._set_main_param_and_optimizer_states
-    count = torch.tensor(step)
+    # The checkpoint has no step per parameter, which torch's AdamW wants; none written without ZeRO-1 in fp32 has a master copy.
+    steps = {"step": torch.tensor(step)} if isinstance(part.optimizer, torch.optim.AdamW) else {}
 
     def with_missing(parameter, found):
-        # The checkpoint has no step per parameter, and none written without ZeRO-1 in fp32 has a master copy.
         if "param" not in found:
             span = part._get_model_param_range_map(parameter)["param"]
-            found = {**found, "param": parameter.detach().view(-1)[span.start:span.end].float()}
-        original(part, parameter, {"step": count, **found})
+            plain = dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+            found = {**found, "param": plain.detach().view(-1)[span.start:span.end].float()}
+        original(part, parameter, {**steps, **found})
 
     part._set_main_param_and_optimizer_states = with_missing
     try:

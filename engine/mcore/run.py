@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -44,9 +45,11 @@ class ParallelModel:
         self.run, self.topology, self.stage, self.role = run, topology, stage, role
         self.on_te = build.backend_of(run, topology.device) == "te"
         if self.on_te:
-            from engine.mcore import spec_te
+            from engine.mcore import spec_te, tp_overlap
 
             spec_te.check(run)
+            if run.parallel.tp_comm_overlap:
+                tp_overlap.start(run)
         self.chunks = build.build_model(run, topology.device)
         self.config = build.config_of(self.chunks[0])
         self.optimizer = build.build_optimizer(run, self.chunks) if train else None
@@ -73,7 +76,7 @@ class ParallelModel:
         the step was skipped. Raises NonFiniteGradient, weights unchanged, when fp32 or bf16 gradients are not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-        if self.optimizer.prepare_grads():
+        if self._prepare_gradients():
             return None
         norm = float(self.optimizer.get_grad_norm())
         if not norm < float("inf"):
@@ -84,12 +87,30 @@ class ParallelModel:
             parameter.grad = None  # it aliases main_grad; kept, the next first micro-batch would be counted twice
         return norm
 
+    def _prepare_gradients(self) -> bool:
+        """Hand the gradients to the optimizer without the loss scale; True if fp16 overflowed. megatron's own prepare_grads moves a
+        scale of the dense and another of the expert parameters, but scales the loss with the dense one only."""
+        parts = self.optimizer.chained_optimizers
+        scaler = getattr(parts[0], "grad_scaler", None)
+        if scaler is None:
+            return self.optimizer.prepare_grads()
+        for part in parts:
+            if not part.is_stub_optimizer:
+                part._copy_model_grads_to_main_grads()
+        overflows = [part._unscale_main_grads_and_check_for_nan() for part in parts]  # of all parts: it is collective
+        scaler.update(any(overflows))
+        return any(overflows)
+
     def gather_weights(self) -> None:
         """Complete the weights of this rank before they are read outside a forward pass: with overlap_param_gather the next
-        forward would gather them."""
-        if self.run.parallel.overlap_param_gather:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+        forward would gather them, and FP8 weights are loaded shard by shard. Collective."""
+        if not (self.run.parallel.overlap_param_gather or self.run.train.fp8.params):
+            return
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+            quantized = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+            if quantized:
+                post_all_gather_processing(quantized)  # megatron forgets it when a gather that overlaps is forced
 
     def _clip(self, norm: float) -> None:
         limit = self.run.optim.clip_grad

@@ -12,12 +12,28 @@ import torch
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 
+# gradient_accumulation_fusion is done by Transformer Engine in its own layers. The one ColumnParallelLinear beside them would
+# ask for apex when it is built; it is build.TokenModel's output layer, which does without.
+layers._grad_accum_fusion_available = True
+
+_SUPPORT = {"delayed": "is_fp8_available", "tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
+            "mxfp8": "is_mxfp8_available"}
+
+
 def check(run) -> None:
-    """Raises ValueError for what the te backend cannot do."""
+    """Raises ValueError for what the te backend cannot do, on this device or at all."""
+    recipe = run.train.fp8.recipe
+    if recipe != "none":
+        import transformer_engine.pytorch as te
+
+        is_available, reason = getattr(te, _SUPPORT[recipe])(return_reason=True)
+        if not is_available:
+            raise ValueError(f"train.fp8.recipe={recipe} does not run on this GPU: {reason}; choose another recipe, or none")
     if run.data.reset_at_eod and run.train.micro_batch > 1:
         raise ValueError(f"the te backend takes document masks with train.micro_batch=1, not {run.train.micro_batch}: documents are laid "
                          "end to end anyway; set micro_batch=1 with a longer seq_len, or train.backend=torch")

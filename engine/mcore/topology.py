@@ -8,8 +8,10 @@ Left out: which layouts are legal; engine/checks.py refuses the others before an
 """
 
 import datetime
+import gc
 import os
 import random
+import sys
 from dataclasses import dataclass
 
 import numpy
@@ -55,11 +57,15 @@ def start(run) -> Topology:
     Raises ValueError when the rendezvous fails, naming the address (a port in use, a missing rank).
     """
     device = device_of(run)
+    _environment(run)
     if device == "cpu":
         from engine.mcore import cpu
 
         cpu.install()
         cpu.keep_memory()
+        if sys.modules["transformer_engine"] is not None:
+            raise ValueError("run.device=cpu, but this process sees a GPU and has loaded Transformer Engine for it; "
+                             "hide the GPU: CUDA_VISIBLE_DEVICES= torchrun ...")
     if not dist.is_initialized():
         _join(run, device)
     _groups(run)
@@ -85,12 +91,36 @@ def start_single() -> Topology:
 
 
 def stop() -> None:
-    """Leave the groups; safe to call twice."""
+    """Leave the groups; safe to call twice.
+
+    Each gloo group has threads that live as long as anything refers to it: cycles around models, and megatron's cache of
+    rotary embeddings, which holds the embeddings themselves, and its tracker of MoE losses.
+    """
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    RotaryEmbedding.forward.cache_clear()
+    get_moe_layer_wise_logging_tracker().clear()
+    gc.collect()
+
+
+def _environment(run) -> None:
+    """What CUDA, NCCL and Transformer Engine read when they start. A value that is set already stays."""
+    p = run.parallel
+    if p.tp > 1 or p.cp > 1:
+        # One queue to the device: communication then starts before the product that is to hide it. GPUs before Blackwell need it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if run.train.fp8.recipe == "delayed":
+        # Without it Transformer Engine refuses the scales in a checkpoint, which it pickles; torch unpickles all else in there anyway.
+        os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    if run.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums in the switch come in no fixed order
 
 
 def _join(run, device: str) -> None:
@@ -154,5 +184,4 @@ def _seed(run, topology: Topology) -> None:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     if run.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

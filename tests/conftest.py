@@ -1,22 +1,7 @@
 """Shared by all tests: a tiny corpus, a run configuration over it, and the ranks that stay up."""
 
-import numpy as np
 import pytest
-
-EOD, VOCAB, SEQ = 3, 61, 32
-
-
-def write_corpus(prefix, num_documents=60, seed=0, vocab=VOCAB):
-    """Documents of 5 to 60 tokens that repeat a short pattern, so that a model can learn them; each ends in EOD."""
-    from engine.data.indexed import IndexedWriter
-
-    random = np.random.RandomState(seed)
-    writer = IndexedWriter(str(prefix), np.uint16)
-    for _ in range(num_documents):
-        pattern = random.randint(4, vocab, random.randint(2, 6))
-        writer.add_document(np.append(np.resize(pattern, random.randint(5, 60)), EOD).astype(np.uint16))
-    writer.finalize()
-    return str(prefix)
+from training import EOD, SEQ, VOCAB, write_corpus
 
 
 @pytest.fixture(scope="session")

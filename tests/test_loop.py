@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from conftest import EOD, SEQ, VOCAB, write_corpus
-from training import merged, on_ranks
+from training import EOD, SEQ, VOCAB, merged, on_ranks, write_corpus
 from training import train as train_on_rank
 
 PROMISED = {"step", "loss", "grad_norm", "lr", "consumed_samples", "tokens", "step_time_s", "tokens_per_s"}

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from conftest import EOD, VOCAB, write_corpus
 from omegaconf import OmegaConf
-from training import merged, on_ranks
+from training import EOD, VOCAB, merged, on_ranks, write_corpus
 
 ROOT = Path(__file__).parents[1]
 ERROR, USAGE = 1, 2

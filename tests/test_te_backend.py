@@ -342,3 +342,19 @@ def test_the_environment_says_what_a_switch_needs_and_gives_way_to_the_users(mon
     environment[variable] = "mine"
     topology._environment(te_run(change))
     assert environment[variable] == "mine"
+
+
+def test_a_cpu_run_is_refused_where_megatron_has_taken_te(monkeypatch):
+    from engine.mcore import topology
+
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    with pytest.raises(ValueError, match="hide the GPU: CUDA_VISIBLE_DEVICES="):
+        topology.start(parity_table.config("dense", {}, {}, 1))
+
+
+def test_generators_of_another_device_are_not_restored():
+    from engine.mcore import checkpoint
+
+    before = torch.get_rng_state()
+    checkpoint._restore_random({"torch": before.flip(0), "cuda": torch.zeros(16, dtype=torch.uint8), "tracker": {}}, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)

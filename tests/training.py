@@ -1,8 +1,24 @@
-"""Functions that run on ranks: train a configuration and say what happened. Imported by tests, pickled to ranks.py."""
+"""A tiny corpus, and functions that run on ranks: train a configuration and say what happened. Pickled to ranks.py, so in a module."""
 
 from pathlib import Path
 
+import numpy as np
+
+EOD, VOCAB, SEQ = 3, 61, 32
 MOE = {"num_experts": 4, "top_k": 2, "aux_loss_coeff": 0.01, "z_loss_coeff": 1e-3}
+
+
+def write_corpus(prefix, num_documents=60, seed=0, vocab=VOCAB):
+    """Documents of 5 to 60 tokens that repeat a short pattern, so that a model can learn them; each ends in EOD."""
+    from engine.data.indexed import IndexedWriter
+
+    random = np.random.RandomState(seed)
+    writer = IndexedWriter(str(prefix), np.uint16)
+    for _ in range(num_documents):
+        pattern = random.randint(4, vocab, random.randint(2, 6))
+        writer.add_document(np.append(np.resize(pattern, random.randint(5, 60)), EOD).astype(np.uint16))
+    writer.finalize()
+    return str(prefix)
 
 
 def merged(raw: dict, *changes: dict) -> dict:

@@ -18,9 +18,10 @@ needs_te = pytest.mark.skipif(bool(GPUS) and not gpu.has_te(), reason="needs Tra
 needs_two = pytest.mark.skipif(0 < GPUS < 2, reason="needs two GPUs")
 TE = {"train": {"backend": "te"}}
 BACKENDS = ["torch", pytest.param("te", marks=needs_te)]
-NEEDS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-RECIPES = [pytest.param(recipe, marks=[needs_te, pytest.mark.skipif(bool(GPUS) and CAPABILITY < least, reason=f"{recipe} needs compute capability {least}")])
-           for recipe, least in NEEDS.items()]
+NEEDS = {"delayed": ((8, 9), (99,)), "tensorwise": ((8, 9), (99,)), "blockwise": ((9, 0), (99,)), "mxfp8": ((10, 0), (12, 0))}
+RECIPES = [pytest.param(recipe, marks=[needs_te, pytest.mark.skipif(bool(GPUS) and not least <= CAPABILITY < beyond,
+                                                                  reason=f"{recipe} needs compute capability {least} or more, below {beyond}")])
+           for recipe, (least, beyond) in NEEDS.items()]
 
 
 @pytest.fixture

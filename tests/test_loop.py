@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from training import EOD, SEQ, VOCAB, merged, on_ranks, write_corpus
+from training import EOD, SEQ, VOCAB, merged, on_ranks
 from training import train as train_on_rank
 
 PROMISED = {"step", "loss", "grad_norm", "lr", "consumed_samples", "tokens", "step_time_s", "tokens_per_s"}
@@ -81,14 +81,33 @@ def test_max_minutes_saves_and_stops(raw_run):
 # --- what it reads -----------------------------------------------------------------------------------------------------
 
 
+def samples_read(raw, world_size):
+    """On a rank: (the training lines, the sample numbers of each global batch as this rank read them)."""
+    from engine.data.loader import Loader
+
+    honest, read = Loader.sample_numbers, []
+
+    def sample_numbers(self, *where):
+        read.append(honest(self, *where))
+        return read[-1]
+
+    Loader.sample_numbers = sample_numbers
+    try:
+        return train_on_rank(raw, world_size), [numbers.ravel().tolist() for numbers in read]
+    finally:
+        Loader.sample_numbers = honest
+
+
 def test_batch_ramp_up(raw_run):
     """From 2 to 6 in steps of 2 over 8 samples, that is one increment every 4 samples; two dp ranks read what one reads."""
-    change = {"train": {"global_batch": 6, "rampup": {"start": 2, "increment": 2, "samples": 8}}}
-    one = on_ranks(1, merged(raw_run, change))
+    raw = merged(raw_run, {"train": {"global_batch": 6, "rampup": {"start": 2, "increment": 2, "samples": 8}, "eval_samples": 0}})
+    one, read = ranks.run(1, samples_read, raw, 1)[0]
     assert column(one, "global_batch") == [2, 2, 4, 6, 6, 6]
     assert column(one, "consumed_samples") == [2, 4, 8, 14, 20, 26]
     assert column(one, "tokens") == [SEQ * n for n in (2, 2, 4, 6, 6, 6)]
-    two = on_ranks(2, merged(raw_run, change, {"run": {"dir": raw_run["run"]["dir"] + "2"}}))
+    assert sum(read, []) == list(range(26)) and [len(numbers) for numbers in read] == [2, 2, 4, 6, 6, 6]
+    (two, first), (_, second) = ranks.run(2, samples_read, merged(raw, {"run": {"dir": raw_run["run"]["dir"] + "2"}}), 2)
+    assert [sorted(numbers) for numbers in map(list.__add__, first, second)] == read
     assert column(two, "consumed_samples") == column(one, "consumed_samples")
     assert np.allclose(column(two, "loss"), column(one, "loss"), rtol=1e-5, atol=0)
 
@@ -136,11 +155,15 @@ def validation_lines(raw, names) -> dict:
 
 
 def test_validation_is_a_mean_over_tokens(raw_run, corpus, tmp_path):
-    """Two sets, two dp ranks, samples with different numbers of tokens that count; eval_samples is rounded up to global batches."""
-    from engine.data.indexed import IndexedCorpus
+    """Two sets, two dp ranks, and eval_samples rounded up to global batches. In `other` some samples are mostly EOD inputs, which do
+    not count, so a mean of the batches' means is another number."""
+    from engine.data.indexed import IndexedCorpus, IndexedWriter
     from engine.data.pretraining import GPTSamples
 
-    other = write_corpus(tmp_path / "other", 30, seed=7)
+    other = str(tmp_path / "other")
+    with IndexedWriter(other, np.uint16) as writer:
+        for length in (70, 69, 68, *[2] * 60):
+            writer.add_document(np.append(np.arange(4, 4 + length) % VOCAB, EOD) if length > 2 else [5, EOD, EOD, EOD])
     raw = merged(raw_run, {"data": {"valid": {"held_out": [corpus["valid"]], "other": [other]}, "reset_at_eod": False, "eod_mask_loss": True},
                            "train": {"eval_samples": 5, "eval_every": 4}})
     on_ranks(2, raw)

@@ -122,7 +122,7 @@ def test_more_samples_than_one_epoch(pretrain, corpus):
 def test_a_split_that_leaves_nothing_to_validate_on(pretrain, raw_run):
     raw_run["data"] |= {"split": "100,0,0", "valid": {}}
     code, stderr = pretrain()
-    assert code == ERROR and "the valid split has 0 of 60 documents, expected at least 1; give it a larger share" in stderr
+    assert code == ERROR and "leaves 0 of 60 documents for valid, expected at least 1; give valid a larger share" in stderr
 
 
 @pytest.mark.parametrize("spec,message", [("hf:/nowhere", "/nowhere"), ("sentencepeace:x", "sentencepeace"), ("bytes", "model.vocab_size")])

@@ -99,7 +99,7 @@ def python(*args: str, **environment: str) -> tuple[subprocess.CompletedProcess,
 def no_torch(tmp_path) -> dict[str, str]:
     """Environment variables of an interpreter where importing torch or megatron fails."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = sys.modules['megatron'] = None\n")
-    return {"PYTHONPATH": str(tmp_path)}
+    return {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
 
 def test_the_fixture_refuses_torch(no_torch):

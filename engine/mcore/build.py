@@ -414,8 +414,3 @@ def bare(chunk) -> GPTModel:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
-
-
-def config_of(chunk) -> TransformerConfig:
-    """The TransformerConfig that a wrapped chunk was built with."""
-    return chunk.config

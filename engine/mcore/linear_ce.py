@@ -60,7 +60,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z[:, first_padding:] = float("-inf")
             picked[rows] = z.gather(1, local[rows, None])[:, 0].float()
             top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # a rank of nothing but padding has no finite logit
-            lse[rows] = torch.sub(z, top, out=z.new_empty(z.shape) if z.dtype == torch.float32 else None).float().exp_().sum(1).log() + top[:, 0].float()
+            top = top.float()
+            lse[rows] = (z.float() - top).exp_().sum(1).log() + top[:, 0]
         picked = picked.where(is_own, 0)
         if tp > 1:
             parts = [torch.empty_like(lse) for _ in range(tp)]
@@ -79,8 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         own = torch.where(is_own, grad, 0.0)
         for rows in _chunks(logits):
             z = logits[rows]
-            p = torch.sub(z, lse[rows, None].to(z.dtype), out=z) if z.dtype == torch.float32 else z.float().sub_(lse[rows, None])
-            p = p.exp_().mul_(grad[rows, None])
+            p = z.float().sub_(lse[rows, None]).exp_().mul_(grad[rows, None])  # in fp32 this is z itself
             p.scatter_add_(1, local[rows, None], -own[rows, None])
             if p is not z:
                 z.copy_(p)

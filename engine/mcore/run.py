@@ -51,7 +51,7 @@ class ParallelModel:
             if run.parallel.tp_comm_overlap:
                 tp_overlap.start(run)
         self.chunks = build.build_model(run, topology.device)
-        self.config = build.config_of(self.chunks[0])
+        self.config = self.chunks[0].config  # DDP's, the one the schedules read
         self.optimizer = build.build_optimizer(run, self.chunks) if train else None
         self._forward_backward = get_forward_backward_func()
         self._metric_names: list[str] | None = None

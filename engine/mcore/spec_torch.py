@@ -154,8 +154,6 @@ class Attention(MegatronModule):
                 return None, num_queries > 1
             return (None if num_queries == 1 else torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
                 num_keys - num_queries)), False
-        if isinstance(mask, tuple):
-            mask = mask[0]
         if self.window:
             mask = mask & (masks.distances(num_queries, num_keys, self.cp_group, device) < self.window)
         return mask, False

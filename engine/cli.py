@@ -37,7 +37,7 @@ def _train(run) -> int:
 
     try:
         train(run)
-    except ValueError as error:  # what a person must mend; anything else is ours and keeps its traceback
+    except (ValueError, OSError) as error:  # what a person must mend; anything else is ours and keeps its traceback
         return _say(f"error: {error}", ERROR)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PEER):

@@ -51,7 +51,7 @@ def _train(run, stage, place, log) -> Position:
     loader, validation = _loaders(run, stage, place)
     log.resume(position.step)
     clock = Clock(run, position)
-    saved = position.step
+    started = saved = position.step
 
     for micro_batches in _feed(run, loader, position):
         lr = schedule.learning_rate(position.step + 1, run.optim, run.schedule, run.train.steps)
@@ -69,7 +69,7 @@ def _train(run, stage, place, log) -> Position:
         if clock.is_over(position):
             break
 
-    if run.train.eval_samples and not _due(run.train.eval_every, position.step):
+    if run.train.eval_samples and position.step != started and not _due(run.train.eval_every, position.step):
         _validate(trained[0], validation, position, run, log)
     if run.checkpoint.save_at_end and saved != position.step:
         _save(trained[0], run, position, log)

@@ -319,3 +319,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(raw_run, num_ranks, change,
     assert message.startswith(f"step 3: the gradient norm is {value} on samples 8 to 11; the weights are those of step 2.")
     assert not touched
     assert status(raw) == {**status(raw), "state": "failed", "reason": message} and checkpoints(raw) == ["iter_0000002"]
+
+
+def test_a_finished_run_does_nothing_again(raw_run):
+    on_ranks(1, raw_run)
+    before = Path(raw_run["run"]["dir"], "metrics.jsonl").read_bytes()
+    on_ranks(1, raw_run)
+    assert Path(raw_run["run"]["dir"], "metrics.jsonl").read_bytes() == before

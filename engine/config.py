@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from yaml import YAMLError
 
 from engine.models import FAMILIES, family_defaults
+from engine.section import Section, Unreadable  # noqa: F401 (Unreadable: for engine/checks.py)
+from engine.stage_sections import Anneal, Average, Chat, Dpo, LongContext, Lora, Reward, RopeScaling, Tune
 
 
 class ConfigError(ValueError):
@@ -26,23 +28,6 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]):
         self.problems = problems
         super().__init__("\n".join(f"  - {problem}" for problem in problems))
-
-
-class Unreadable(Exception):
-    """A check asked for a field whose value was refused; what it would say about the field follows from that mistake."""
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys."""
-
-    # coerce: YAML reads the weights of data.train, and folder names such as 2024, as numbers.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True,
-                              coerce_numbers_to_str=True, allow_inf_nan=False)
-
-    def __getattr__(self, name: str):
-        if name in type(self).model_fields:      # only `_readable_part` makes sections that lack a field
-            raise Unreadable(name)
-        return super().__getattr__(name)
 
 
 class Run(Section):
@@ -93,19 +78,6 @@ class Moe(Section):
     """One grouped matrix product over the local experts where the backend has it."""
 
 
-class RopeScaling(Section):
-    kind: Literal["none", "linear", "llama3"] = "none"
-    """How RoPE frequencies are stretched."""
-    factor: float = Field(8.0, ge=1)
-    """Ratio of the new to the original length."""
-    low_freq_factor: float = Field(1.0, gt=0)
-    """llama3 only: wavelengths above original/low are divided by factor."""
-    high_freq_factor: float = Field(4.0, gt=0)
-    """llama3 only: wavelengths below original/high are kept."""
-    original_max_position: int = Field(8192, ge=1)
-    """llama3 only: length the model was first trained at."""
-
-
 class Model(Section):
     family: str
     """A file of engine/models."""
@@ -143,6 +115,8 @@ class Model(Section):
     """Share of a head that RoPE rotates."""
     rope_scaling: RopeScaling = RopeScaling()
     """Stretching of RoPE."""
+    head: Literal["tokens", "scalar"] = "tokens"
+    """tokens: probabilities of the next token; scalar: one number per token (reward and value models; set by the stage)."""
     tie_embeddings: bool = False
     """One matrix for input and output embedding."""
     qkv_bias: bool = False
@@ -223,6 +197,15 @@ class Parallel(Section):
         return self.etp or self.tp
 
 
+class Phase(Section):
+    after_tokens: int = Field(ge=0)
+    """Tokens of this run after which the mixture begins to change."""
+    ramp_tokens: int = Field(0, ge=0)
+    """Tokens over which it changes linearly; 0 changes it at once."""
+    train: list[str]
+    """The mixture from then on: WEIGHT PREFIX WEIGHT PREFIX ..."""
+
+
 class Data(Section):
     train: list[str] = []
     """Corpora of the training set: PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..."""
@@ -238,6 +221,12 @@ class Data(Section):
     """Tokens see only their own document, and positions restart in each."""
     eod_mask_loss: bool = False
     """No loss where the input token is the end of a document."""
+    phases: list[Phase] = []
+    """Mixtures that follow data.train as the run goes on."""
+    replay: list[str] = []
+    """continued: corpora of the training before, a list like train."""
+    replay_share: float = Field(0.05, ge=0, lt=1)
+    """continued: share of samples taken from data.replay."""
     one_epoch: bool = False
     """Refuse to read any token twice."""
     cache_dir: str = ""
@@ -347,7 +336,13 @@ class Checkpoint(Section):
     save_at_end: bool = True
     """Save when training stops."""
     load_optimizer: bool = True
-    """False starts the optimizer, the schedule and the data position afresh."""
+    """False starts the optimizer afresh, and with it the schedule and the data position."""
+    load_position: bool = True
+    """False starts the schedule and the data position afresh; only stage pretrain goes on where the checkpoint stopped."""
+    roles: dict[str, str] = {}
+    """Checkpoints of single roles of a stage, such as {reference: DIR}; the others load checkpoint.load."""
+    grow_vocab: bool = True
+    """Let a larger model.vocab_size take a checkpoint; new rows start at the mean of the old ones."""
 
 
 class Log(Section):
@@ -375,6 +370,14 @@ class RunConfig(Section):
     train: Train
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
+    tune: Tune = Tune()
+    lora: Lora = Lora()
+    average: Average = Average()
+    anneal: Anneal = Anneal()
+    long_context: LongContext = LongContext()
+    chat: Chat = Chat()
+    reward: Reward = Reward()
+    dpo: Dpo = Dpo()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 

@@ -34,32 +34,46 @@ class Role:
     train: bool = True
     """False: no gradients."""
     init: str = "load"
-    """A checkpoint key of the configuration, or the name of another role to copy."""
+    """load: checkpoint.roles.<role> or else checkpoint.load; fresh: initial weights."""
 
 
 class Dataset(Protocol):
     """Samples by number; the whole state of reading is the number of samples consumed."""
 
+    rows_per_sample: int
+    """Neighbouring rows that make one sample: 1, or 2 for pairs."""
+
     def __len__(self) -> int: ...
 
     def batch(self, sample_numbers) -> Batch:
-        """The samples with these numbers (int64 array [b]), in this order."""
+        """The samples with these numbers (int64 array [b]), in this order; every tensor has b * rows_per_sample rows."""
+
+    def longest(self, sample_numbers) -> int:
+        """Tokens in the longest of these samples. The loader cuts the padding of a global batch down to its longest row."""
 
 
 class Model(Protocol):
-    """What `prepare` may ask of a role. Collective: every rank calls, every rank gets the same answer."""
+    """What `prepare` may ask of a role. Collective: every rank calls it; the rows are those of this replica, and every rank
+    of the replica gets the same answer."""
 
-    def score(self, batch: Batch) -> Tensor:
-        """The role's output [b, s] in fp32, without gradients."""
+    def score(self, micro_batches: list[Batch]) -> list[Tensor]:
+        """The role's output [b, s] in fp32 for each micro-batch, without gradients."""
+
+    def greedy(self, micro_batches: list[Batch]) -> list[Tensor]:
+        """bool [b, s]: is the label the most probable token? Greedy decoding says a text exactly when all of it is."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all replicas, for what concerns the whole global batch."""
 
 
 class Stage(Protocol):
     """See engine/stages/pretrain.py for the shortest one."""
 
     roles: Mapping[str, Role]
+    """Read after `configure`, which may set it. The first trained role is what checkpoints of this stage hold."""
 
     def configure(self, run):
-        """The RunConfig this stage really runs with; called before anything is built."""
+        """The RunConfig this stage really runs with; called on every rank before anything is built."""
 
     def datasets(self, run, num_train: int, num_valid: int) -> tuple[Dataset, Mapping[str, Dataset]]:
         """The training set with at least num_train samples, and the validation sets by name."""

@@ -10,6 +10,7 @@ networks and one Position. Left out on purpose: branches for features; they live
 import gc
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,9 @@ def train(run) -> Position:
 
 def _train(run, stage, place, log) -> Position:
     log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
-    models = {name: ParallelModel(run, place, stage, name, role.train) for name, role in stage.roles.items()}
+    models = {name: ParallelModel(run, place, stage, name, role.train, role.head) for name, role in stage.roles.items()}
     trained = [model for name, model in models.items() if stage.roles[name].train]
-    position = _start_position(run, trained[0], log)
+    position = _start(run, stage, models, trained[0], log)
     loader, validation = _loaders(run, stage, place)
     log.resume(position.step)
     clock = Clock(run, position)
@@ -61,16 +62,16 @@ def _train(run, stage, place, log) -> Position:
                 _refuse_nan(result.loss, "loss", position, run)
                 norm = _step(model, lr, position, run)
         position = _advance(position, run)
-        log.step(_record(run, place, position, result, norm, lr, clock.lap(), trained[0]))
+        log.step(_record(run, place, position, micro_batches, result, norm, lr, clock.lap(), trained[0]))
         if _due(run.train.eval_every, position.step):
-            _validate(trained[0], validation, position, run, log)
+            _validate(stage, models, trained[0], validation, position, run, log)
         if _due(run.checkpoint.save_every, position.step):
             saved = _save(trained[0], run, position, log)
         if clock.is_over(position):
             break
 
     if run.train.eval_samples and position.step != started and not _due(run.train.eval_every, position.step):
-        _validate(trained[0], validation, position, run, log)
+        _validate(stage, models, trained[0], validation, position, run, log)
     if run.checkpoint.save_at_end and saved != position.step:
         _save(trained[0], run, position, log)
     return position
@@ -83,28 +84,49 @@ class TrainingStopped(ValueError):
 # --- the parts of the loop, in the order in which it calls them -------------------------------------------------------
 
 
-def _start_position(run, model, log) -> Position:
-    """Resume run.dir when it holds a checkpoint, else start from checkpoint.load, else from nothing."""
+def _start(run, stage, models, first, log) -> Position:
+    """Give every role its weights. `first`, the role that checkpoints hold, resumes run.dir when that holds one; every other role,
+    and `first` in a new run, starts from checkpoint.roles or checkpoint.load, or else from initial weights."""
+    unknown = run.checkpoint.roles.keys() - models.keys()
+    if unknown:
+        raise ValueError(f"checkpoint.roles names {', '.join(sorted(unknown))}, but stage {run.stage} has the roles {', '.join(models)}")
     own = checkpoint.find(Path(run.run.dir) / "checkpoints")
+    position = Position()
+    for name, model in models.items():
+        is_first = model is first
+        if is_first and own is not None and not run.tune.l2_to_init:
+            continue  # nothing of where it started is needed
+        found = _load_start(run, name, model, stage.roles[name].init, is_first, log)
+        if is_first:
+            position = found
+            if model.pull:
+                model.pull.remember(model.chunks)
     if own is not None:
-        position = checkpoint.load(model, own)
+        position = checkpoint.load(first, own)
         log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
-        return position
-    if not run.checkpoint.load:
+    return position
+
+
+def _load_start(run, name: str, model, init: str, is_first: bool, log) -> Position:
+    source = run.checkpoint.roles.get(name) or run.checkpoint.load
+    if init == "fresh" or not source:
         return Position()
-    folder = checkpoint.find(run.checkpoint.load)
+    folder = checkpoint.find(source)
     if folder is None:
-        raise checkpoint.CheckpointError(f"checkpoint.load={run.checkpoint.load} holds no complete checkpoint (iter_*/metadata.json)")
-    position = checkpoint.load(model, folder, optimizer=run.checkpoint.load_optimizer)
-    log.note(f"loaded {folder}" + ("" if run.checkpoint.load_optimizer else ", weights only"))
-    return position if run.checkpoint.load_optimizer else Position()
+        key = f"checkpoint.roles.{name}" if name in run.checkpoint.roles else "checkpoint.load"
+        raise checkpoint.CheckpointError(f"{key}={source} holds no complete checkpoint (iter_*/metadata.json)")
+    with_optimizer = run.checkpoint.load_optimizer and is_first
+    position = checkpoint.load(model, folder, optimizer=with_optimizer)
+    log.note(f"{name}: loaded {folder}" + ("" if with_optimizer else ", weights only"))
+    return position if with_optimizer and run.checkpoint.load_position else Position()
 
 
 def _loaders(run, stage, place) -> tuple[Loader, dict[str, Loader]]:
     """The training loader, long enough for every planned step, and one per validation set."""
     num_train = schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train)
     train, valid = stage.datasets(run, num_train, _num_valid(run))
-    loader = lambda dataset: Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp)  # noqa: E731
+    multiple = max(2 * place.cp if place.cp > 1 else 1, 8) * (place.tp if run.parallel.sequence_parallel else 1)
+    loader = lambda dataset: Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, multiple)  # noqa: E731
     return loader(train), {name: loader(dataset) for name, dataset in valid.items()}
 
 
@@ -138,7 +160,7 @@ def _advance(position: Position, run) -> Position:
 
 def _step(model, lr: float, position: Position, run) -> float | None:
     try:
-        return model.step(lr)
+        return model.step(lr, position.step + 1)
     except NonFiniteGradient as error:
         raise _stopped(str(error), position, run) from None
 
@@ -155,11 +177,13 @@ def _stopped(what: str, position: Position, run) -> TrainingStopped:
                            "Lower optim.lr, look at these samples (data_tools/peek.py), or resume from an earlier checkpoint")
 
 
-def _record(run, place, position: Position, result, norm, lr: float, seconds: float, model) -> dict:
+def _record(run, place, position: Position, micro_batches, result, norm, lr: float, seconds: float, model) -> dict:
     """One line of metrics.jsonl."""
     samples = schedule.global_batch(position.consumed_samples - 1, run.train)
-    tokens = samples * run.train.seq_len
-    tflops = metrics.tflops_per_device(metrics.step_flops(run.model, run.train.seq_len, samples), seconds, place.world_size)
+    rows, seq_len = micro_batches[0]["tokens"].shape
+    rows *= len(micro_batches) * place.dp
+    tokens = rows * seq_len
+    tflops = metrics.tflops_per_device(metrics.step_flops(run.model, seq_len, rows), seconds, place.world_size)
     record = {
         "step": position.step,
         "loss": result.loss,
@@ -193,14 +217,17 @@ def _peak_tflops(run, place) -> float | None:
     return metrics.peak_tflops(torch.cuda.get_device_name(), run.train.fp8.recipe != "none") if place.device == "cuda" else None
 
 
-def _validate(model, loaders, position: Position, run, log) -> None:
-    """Mean loss over train.eval_samples of each validation set."""
+def _validate(stage, models, model, loaders, position: Position, run, log) -> None:
+    """Mean loss and metrics over train.eval_samples of each validation set."""
     for name, loader in loaders.items():
-        total = count = 0.0
+        sums = Counter()
         for first in range(0, _num_valid(run), run.train.global_batch):
-            result = model.evaluate(loader.batches(first, run.train.global_batch))
-            total, count = total + result.loss * result.count, count + result.count
-        log.validation(name, position.step, total / count)
+            for batch in stage.prepare(loader.batches(first, run.train.global_batch), models):
+                result = model.evaluate(batch)
+                for key, (total, count) in result.sums.items():
+                    sums.update({(key, "sum"): total, (key, "count"): count})
+        means = {key: sums[key, "sum"] / sums[key, "count"] if sums[key, "count"] else float("nan") for key in result.sums}
+        log.validation(name, position.step, means.pop("loss"), means)
 
 
 def _save(model, run, position: Position, log) -> int:

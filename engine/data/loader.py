@@ -1,7 +1,7 @@
 """Micro-batches of one data-parallel rank, as torch tensors on the host.
 
-In: a dataset with len() and batch() (engine/stage.py) and a global sample number. Out: for each micro-batch a dict of
-[micro_batch, seq_len] tensors. The position in the data is that one number and nothing else is kept, so a run resumes at any
+In: a dataset (engine/stage.py) and a global sample number. Out: for each micro-batch a dict of tensors of micro_batch samples,
+[rows, s] where s is train.seq_len, or less where every row of the global batch ends in padding. The position in the data is that one number and nothing else is kept, so a run resumes at any
 sample, with any number of data-parallel ranks, on the same data.
 
 Left out: moving to a device, context-parallel slicing, worker processes (gathering runs without the GIL; see Prefetcher).
@@ -19,12 +19,15 @@ from engine.stage import Batch, Dataset
 
 
 class Loader:
-    """Cuts global batches into the micro-batches of one data-parallel rank. Raises DataError for sizes that do not fit together."""
+    """Cuts global batches into the micro-batches of one data-parallel rank. Raises DataError for sizes that do not fit together.
 
-    def __init__(self, dataset: Dataset, micro_batch: int, dp_rank: int, dp_size: int) -> None:
+    multiple: what the length of a trimmed sequence must divide by (the layout's sequence and context parallel want it).
+    """
+
+    def __init__(self, dataset: Dataset, micro_batch: int, dp_rank: int, dp_size: int, multiple: int = 1) -> None:
         if micro_batch < 1 or not 0 <= dp_rank < dp_size:
             raise DataError(f"micro_batch {micro_batch}, dp_rank {dp_rank}, dp_size {dp_size}: expected micro_batch >= 1 and 0 <= dp_rank < dp_size")
-        self.dataset, self.micro_batch, self.dp_rank, self.dp_size = dataset, micro_batch, dp_rank, dp_size
+        self.dataset, self.micro_batch, self.dp_rank, self.dp_size, self.multiple = dataset, micro_batch, dp_rank, dp_size, multiple
 
     def batches(self, first_sample: int, global_batch: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that starts at global sample number first_sample.
@@ -32,9 +35,18 @@ class Loader:
         Raises DataError when the global batch does not divide and when the data ends before it.
         """
         numbers = self.sample_numbers(first_sample, global_batch)  # [num_microbatches, micro_batch]
-        whole = self.dataset.batch(numbers.reshape(-1))
-        rows = {name: tensor.split(self.micro_batch) for name, tensor in whole.items()}
+        whole = self._trimmed(self.dataset.batch(numbers.reshape(-1)), np.arange(first_sample, first_sample + global_batch))
+        num_rows = self.micro_batch * self.dataset.rows_per_sample
+        rows = {name: tensor.split(num_rows) for name, tensor in whole.items()}
         return [{name: rows[name][m] for name in rows} for m in range(len(numbers))]
+
+    def _trimmed(self, whole: Batch, global_numbers: np.ndarray) -> Batch:
+        """Without the columns that are padding in all of the global batch, so that every replica's batches have one shape."""
+        seq_len = whole["tokens"].size(1)
+        length = min(-(-self.dataset.longest(global_numbers) // self.multiple) * self.multiple, seq_len)
+        if length == seq_len:
+            return whole
+        return {name: t[:, :length].contiguous() if t.dim() == 2 and t.size(1) == seq_len else t for name, t in whole.items()}
 
     def sample_numbers(self, first_sample: int, global_batch: int) -> np.ndarray:
         """The global sample numbers this rank reads, int64 [num_microbatches, micro_batch]."""

@@ -34,8 +34,14 @@ class NextToken:
         self.eod_id, self.reset_at_eod, self.eod_mask_loss = eod_id, reset_at_eod, eod_mask_loss
         self.vocab_size = vocab_size
 
+    rows_per_sample = 1
+
     def __len__(self) -> int:
         return len(self.samples)
+
+    def longest(self, sample_numbers: np.ndarray) -> int:
+        """Every sample is full."""
+        return self.seq_len
 
     def batch(self, sample_numbers: np.ndarray) -> Batch:
         """tokens, labels, position_ids int64 [b, s]; loss_mask float32 [b, s]; with reset_at_eod also segment_ids int32 [b, s],

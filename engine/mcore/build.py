@@ -5,7 +5,7 @@
 
 Initial weights do not depend on the layout: each parameter is drawn whole from a generator seeded by its name and sliced,
 so the same run.seed starts the same model on any number of ranks.
-Left out: heads other than token logits, which come with the stages that need them.
+Left out: which parameters learn, and how fast (tune.py), and adapters (lora.py).
 """
 
 import functools
@@ -22,9 +22,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import Float16Module
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module, MegatronModule
 
-from engine.mcore import te_problem
+from engine.mcore import te_problem, tune
 from engine.mcore.linear_ce import OutputLayer
 from engine.mcore.quantized import plain_parameters
 
@@ -161,22 +162,58 @@ def _experts(run, on_te: bool) -> dict:
     )
 
 
-class TokenModel(GPTModel):
-    """GPTModel whose loss is computed chunk by chunk (linear_ce.py) and never sees the padding of the vocabulary."""
+class Network(GPTModel):
+    """GPTModel with the heads stages ask for: given labels it returns one number per token.
 
-    def __init__(self, *args, real_vocab_size: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
-        if self.post_process:
-            self.output_layer.__class__ = OutputLayer  # megatron has no spec for this layer; its parameters and state stay
-            self.output_layer.gradient_accumulation_fusion = False  # apex's, where the logits themselves are differentiated
+    head tokens: log p(label), computed chunk by chunk (linear_ce.py) without the padding of the vocabulary; 1 or 0 while `is_greedy`:
+    is the label the most probable token? head scalar: the value of each token.
+    """
+
+    is_greedy = False
+
+    def __init__(self, *args, model, **kwargs):
+        super().__init__(*args, share_embeddings_and_output_weights=model.tie_embeddings and model.head == "tokens", **kwargs)
+        self.real_vocab_size, self.head = model.vocab_size, model.head
+        if not self.post_process:
+            return
+        if model.head == "scalar":
+            del self.output_layer
+            self.value_head = ValueHead(self.config)
+            return
+        self.output_layer.__class__ = OutputLayer  # megatron has no spec for this layer; its parameters and state stay
+        self.output_layer.gradient_accumulation_fusion = False  # apex's, where the logits themselves are differentiated
 
     def _postprocess(self, hidden_states, labels=None, **kwargs):
-        """Hidden states [s, b, h] -> minus log-probability of each label, fp32 [b, s]; without labels logits, as megatron's."""
-        if not self.post_process or labels is None:
+        """Hidden states [s, b, h] -> fp32 [b, s]; without labels logits, as megatron's."""
+        if not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if self.head == "scalar":
+            return self.value_head(hidden_states)
+        if labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size)
+        return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy)
+
+    def sharded_state_dict(self, *args, **kwargs):
+        has_output, self.post_process = self.post_process, self.post_process and self.head == "tokens"
+        try:
+            return super().sharded_state_dict(*args, **kwargs)  # which wants an output matrix wherever post_process says so
+        finally:
+            self.post_process = has_output
+
+
+class ValueHead(MegatronModule):
+    """One number per token: a row vector, the same on every tp rank."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
+
+    def forward(self, hidden):
+        """[s, b, h], or this tp rank's part of the sequence -> fp32 [b, s]."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return F.linear(hidden, self.weight).squeeze(-1).t().float()
 
 
 def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | None = None) -> GPTModel:
@@ -187,15 +224,14 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
         from engine.mcore.spec_torch import block_spec
     model = run.model
     scaling = model.rope_scaling
-    chunk = TokenModel(
+    chunk = Network(
         config=config,
         transformer_layer_spec=block_spec(config, model, vp_stage),
         vocab_size=model.padded_vocab_size,
-        real_vocab_size=model.vocab_size,
+        model=model,
         max_sequence_length=model.max_position or run.train.seq_len,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type={"learned": "learned_absolute"}.get(model.position, model.position),
         rotary_percent=model.rope_percent,
         rotary_base=model.rope_theta,
@@ -265,14 +301,26 @@ def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
     local.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, local.shape))])
 
 
-def build_model(run, device: str) -> list[DistributedDataParallel]:
-    """This rank's model chunks wrapped in megatron's DDP, ready to train."""
+def for_role(run, train: bool, head: str):
+    """The run as one role of a stage sees it: its head, and no adapters where it does not learn."""
+    update = {} if run.model.head == head else {"model": run.model.model_copy(update={"head": head})}
+    if not train and run.lora.rank:
+        update["lora"] = run.lora.model_copy(update={"rank": 0})
+    return run.model_copy(update=update) if update else run
+
+
+def build_model(run, device: str, train: bool = True) -> list:
+    """This rank's model chunks: wrapped in megatron's DDP, ready to train, or bare and without gradients."""
     config = transformer_config(run, device)
     stages = range(run.parallel.vpp) if run.parallel.vpp > 1 else [None]
     chunks = [build_chunk(run, config, device, vp_stage) for vp_stage in stages]
     if run.train.compile:
         for chunk in chunks:
             compile_layers(chunk)
+    if not train:
+        return [chunk.requires_grad_(False) for chunk in chunks]
+    for chunk in chunks:
+        tune.mark(bare(chunk), run)
     # The interleaved schedule starts gathers for all chunks at once; without it each module's forward starts the next one's.
     align_gather = run.parallel.overlap_param_gather and run.parallel.vpp > 1
     ddp = DistributedDataParallelConfig(
@@ -342,7 +390,7 @@ def build_optimizer(run, chunks):
         exp_avg_sq_dtype=low,
         store_param_remainders=False,  # whole fp32 masters, so that a checkpoint is the same with and without
     )
-    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=tune.group_overrides(config, run), use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers[1:]:
         part.grad_scaler = getattr(optimizer.chained_optimizers[0], "grad_scaler", None)  # one loss, one scale; see run.py
     for group in optimizer.param_groups:

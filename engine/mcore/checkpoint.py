@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.config import RunConfig, dump_config
-from engine.mcore import optim_state
+from engine.mcore import optim_state, vocabulary
 from engine.mcore.build import bare
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
@@ -99,19 +99,24 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     """
     folder = Path(folder)
     written_by = read_config(folder)
-    _refuse_other_model(folder, written_by, model.run)
-    state, stored = _model_state(model), _stored_keys(folder)
-    absent = _pop_absent(state, stored)
     with_optimizer = optimizer and model.optimizer is not None
+    _refuse_other_model(folder, written_by, model.run, with_optimizer)
+    state, stored = _model_state(model), _stored_keys(folder)
+    absent = _pop_absent(state, stored, _is_new(written_by, model.run))
     if with_optimizer:
         state["optimizer"] = optim_state.describe(model, state, stored=stored)
         if _same_layout(written_by, model.run):
             state["random"] = _random_state(model.topology)
+    grows = vocabulary.grows(written_by.model, model.run.model)
+    if grows:
+        vocabulary.allow_growth(state)
     with _reading(folder):
         loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(model.chunks):
         part = f"model{i}" if len(model.chunks) > 1 else "model"
-        bare(chunk).load_state_dict({**loaded[part], **dict.fromkeys(absent[part])})
+        bare(chunk).load_state_dict({**loaded[part], **absent[part]})
+        if grows:
+            vocabulary.fill_new_rows(bare(chunk), written_by.model.vocab_size, model.topology)
     if with_optimizer:
         optim_state.restore(model, loaded["optimizer"])
         if "random" in loaded:
@@ -121,6 +126,13 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     if model.optimizer is not None:
         model.gather_weights()
     return read_position(folder)
+
+
+def _is_new(written: RunConfig, wanted: RunConfig):
+    """Which parameters may be absent, as a test of their names: a head or adapters that the checkpoint's model did not have."""
+    new_head = written.model.head != wanted.model.head
+    new_adapters = wanted.lora.rank and not written.lora.rank
+    return lambda name: (new_head and "value_head." in name) or (new_adapters and ".lora." in name)
 
 
 def read_position(folder: str | Path) -> Position:
@@ -161,16 +173,20 @@ def _model_state(model) -> dict:
     return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, map(bare, model.chunks))}
 
 
-def _pop_absent(state: dict, stored: set[str]) -> dict[str, list[str]]:
-    """Take out of `state` what the writer's layers had no state for; the names by part, for a layer to be told None.
+def _pop_absent(state: dict, stored: set[str], is_new) -> dict[str, dict]:
+    """Take out of `state` what the checkpoint does not hold and need not; by part, what the layers are to be given instead.
 
-    Where Transformer Engine keeps FP8 state (`_extra_state`) the torch backend has nothing, in its norms for example.
+    Parameters that are new (`is_new`) keep their initial values. Where Transformer Engine keeps FP8 state (`_extra_state`) the
+    torch backend has nothing, in its norms for example, and None says so.
     """
-    absent = {part: [name for name, value in entries.items() if isinstance(value, ShardedObject) and value.unique_key not in stored]
-              for part, entries in state.items()}
-    for part, names in absent.items():
-        for name in names:
-            del state[part][name]
+    absent = {}
+    for part, entries in state.items():
+        objects = {name: None for name, value in entries.items() if isinstance(value, ShardedObject) and value.unique_key not in stored}
+        tensors = {name: value.data for name, value in entries.items()
+                   if isinstance(value, ShardedTensor) and value.key not in stored and is_new(name)}
+        absent[part] = objects | tensors
+        for name in absent[part]:
+            del entries[name]
     return absent
 
 
@@ -204,14 +220,27 @@ def _same_layout(one: RunConfig, other: RunConfig) -> bool:
     return (one.parallel.tp, one.parallel.pp, one.parallel.vpp) == (other.parallel.tp, other.parallel.pp, other.parallel.vpp)
 
 
-def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig) -> None:
-    shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_heads", "head_size", "padded_vocab_size",
-             "norm", "activation", "position", "tie_embeddings", "qkv_bias", "linear_bias", "qk_norm", "moe_ffn_hidden_size")
+def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, with_optimizer: bool) -> None:
+    shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_heads", "head_size",
+             "norm", "activation", "position", "qkv_bias", "linear_bias", "qk_norm", "moe_ffn_hidden_size")
+    if wanted.model.head == "tokens":  # a scalar head has no output matrix to share with the embedding
+        shape += ("tie_embeddings",)
     pairs = [(f"model.{name}", getattr(written.model, name), getattr(wanted.model, name)) for name in shape]
     pairs += [("model.moe.num_experts", written.model.moe.num_experts, wanted.model.moe.num_experts)]
+    if written.model.head == "scalar":
+        pairs += [("model.head", written.model.head, wanted.model.head)]
+    if written.lora.rank:
+        pairs += [(f"lora.{name}", getattr(written.lora, name), getattr(wanted.lora, name)) for name in ("rank", "dora")]
+    if not vocabulary.grows(written.model, wanted.model):
+        pairs += [(f"model.{name}", getattr(written.model, name), getattr(wanted.model, name)) for name in ("vocab_size", "padded_vocab_size")]
+    elif not wanted.checkpoint.grow_vocab:
+        pairs += [("model.vocab_size", written.model.vocab_size, wanted.model.vocab_size)]
     differing = [f"{name} is {ours}, the checkpoint has {theirs}" for name, theirs, ours in pairs if theirs != ours]
     if differing:
         raise CheckpointError(f"{folder} holds another model: {'; '.join(differing)}. Give the checkpoint's sizes or another checkpoint.load")
+    if with_optimizer and vocabulary.grows(written.model, wanted.model):
+        raise CheckpointError(f"{folder} has {written.model.vocab_size} tokens and this run {wanted.model.vocab_size}, so the optimizer's state "
+                              "does not fit; set checkpoint.load_optimizer=false")
 
 
 def _write_whole(path: Path, text: str) -> None:

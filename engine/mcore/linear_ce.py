@@ -22,8 +22,9 @@ class OutputLayer(ColumnParallelLinear):
     It stays a module with a forward: megatron's DDP waits for gathered parameters when a module is called.
     """
 
-    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0):
-        """input_ [s, b, h], labels [b, s] -> -log p(label) [b, s], fp32; without labels logits, as megatron's."""
+    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0, is_greedy=False):
+        """input_ [s, b, h], labels [b, s] -> log p(label) [b, s], fp32, or with is_greedy (without gradients) 1 where no token is more
+        probable than the label, else 0; without labels logits, as megatron's."""
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
         if self.sequence_parallel:
@@ -31,8 +32,9 @@ class OutputLayer(ColumnParallelLinear):
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         flat = hidden.reshape(-1, hidden.size(-1))
-        nll = linear_cross_entropy(flat, self.weight if weight is None else weight, labels.t().reshape(-1), num_real, self.tp_group)
-        return nll.view(hidden.size(0), hidden.size(1)).t()
+        compute = is_most_probable if is_greedy else linear_log_probability
+        found = compute(flat, self.weight if weight is None else weight, labels.t().reshape(-1), num_real, self.tp_group)
+        return found.view(hidden.size(0), hidden.size(1)).t()
 
 
 def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None) -> torch.Tensor:
@@ -44,18 +46,35 @@ def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None) -
     return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group)
 
 
+def linear_log_probability(*args) -> torch.Tensor:
+    """log p(label) fp32 [tokens], of linear_cross_entropy's arguments."""
+    return -linear_cross_entropy(*args)
+
+
+@torch.no_grad()
+def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> torch.Tensor:
+    """1.0 where no token has a greater logit than the label, else 0.0; fp32 [tokens]. Arguments as linear_cross_entropy's."""
+    local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
+    top, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    for rows in _chunks(hidden.size(0), weight):
+        z = (hidden[rows] @ weight.t())[:, :max(first_padding, 1)]
+        top[rows] = z.amax(1).float() if first_padding else float("-inf")
+        picked[rows] = z.gather(1, local[rows, None].clamp(max=z.size(1) - 1))[:, 0].float()
+    picked = picked.where(is_own, float("-inf"))
+    if tp_group is not None and tp_group.size() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp_group)
+        dist.all_reduce(picked, op=dist.ReduceOp.MAX, group=tp_group)
+    return (picked >= top).float()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, num_real, tp_group):
-        tp, rank = (tp_group.size(), tp_group.rank()) if tp_group is not None else (1, 0)
-        num_ids = weight.size(0)
-        local = labels - rank * num_ids
-        is_own = (local >= 0) & (local < num_ids)
-        local = local.clamp(0, num_ids - 1)
-        first_padding = min(max(num_real - rank * num_ids, 0), num_ids)
-        logits = hidden.new_empty(hidden.size(0), num_ids)
+        tp = tp_group.size() if tp_group is not None else 1
+        local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
+        logits = hidden.new_empty(hidden.size(0), weight.size(0))
         lse, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        for rows in _chunks(logits):
+        for rows in _chunks(len(logits), weight):
             z = torch.mm(hidden[rows], weight.t(), out=logits[rows])
             z[:, first_padding:] = float("-inf")
             picked[rows] = z.gather(1, local[rows, None])[:, 0].float()
@@ -78,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits, ctx.logits = ctx.logits, None
         grad_hidden = torch.empty_like(hidden)
         own = torch.where(is_own, grad, 0.0)
-        for rows in _chunks(logits):
+        for rows in _chunks(len(logits), weight):
             z = logits[rows]
             p = z.float().sub_(lse[rows, None]).exp_().mul_(grad[rows, None])  # in fp32 this is z itself
             p.scatter_add_(1, local[rows, None], -own[rows, None])
@@ -88,7 +107,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, logits.t() @ hidden, None, None, None
 
 
-def _chunks(logits):
-    rows = max(1, _CHUNK_BYTES[logits.device.type] // (logits.size(1) * logits.element_size()))
-    for first in range(0, logits.size(0), rows):
+def _place(weight, labels, num_real: int, tp_group):
+    """Of this tp rank's share of the vocabulary: each label's row, whether it is here, and where the padding begins."""
+    rank, num_ids = tp_group.rank() if tp_group is not None else 0, weight.size(0)
+    local = labels - rank * num_ids
+    is_own = (local >= 0) & (local < num_ids)
+    return local.clamp(0, num_ids - 1), is_own, min(max(num_real - rank * num_ids, 0), num_ids)
+
+
+def _chunks(num_rows: int, weight):
+    """Slices of the rows whose logits, in the dtype of `weight`, are as many as should be held at a time."""
+    rows = max(1, _CHUNK_BYTES[weight.device.type] // (weight.size(0) * weight.element_size()))
+    for first in range(0, num_rows, rows):
         yield slice(first, first + rows)

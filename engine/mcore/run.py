@@ -5,7 +5,7 @@
     norm = model.step(lr)                               # reduce, clip, update; None when fp16 skipped the step
 
 A micro-batch enters as [b, s] tensors, the same on every tp, pp and cp rank of a dp replica. This file cuts it for context
-parallel, runs GPTModel, brings the log-probabilities back to [b, s] and hands them to the stage's loss.
+parallel, runs the network, brings its output (log-probabilities or values) back to [b, s] and hands it to the stage's loss.
 The loss is divided by the global count before the backward pass, so gradients need no scaling afterwards and fp16 sees
 sensible numbers. Left out: which samples, and when to stop (engine/train.py).
 """
@@ -22,16 +22,27 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from engine.mcore import build, masks
+from engine.mcore import build, masks, tune
 
 
 @dataclass(frozen=True)
 class Result:
-    """Sums over the global batch, equal on every rank. loss = sum / count; metrics: name -> mean."""
+    """What a global batch amounts to, equal on every rank. sums: name -> (sum, count), `loss` among them."""
 
-    loss: float
-    count: float
-    metrics: dict[str, float]
+    sums: dict[str, tuple[float, float]]
+
+    @property
+    def loss(self) -> float:
+        return self.means["loss"]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The means of what else the stage reported."""
+        return {name: mean for name, mean in self.means.items() if name != "loss"}
+
+    @property
+    def means(self) -> dict[str, float]:
+        return {name: total / count if count else float("nan") for name, (total, count) in self.sums.items()}
 
 
 class NonFiniteGradient(ValueError):
@@ -41,7 +52,9 @@ class NonFiniteGradient(ValueError):
 class ParallelModel:
     """One role of a stage, split over the ranks that `topology` describes."""
 
-    def __init__(self, run, topology, stage, role: str, train: bool = True):
+    def __init__(self, run, topology, stage, role: str, train: bool = True, head: str = "tokens"):
+        """train: False builds no optimizer and no gradients. head: see stage.Role."""
+        run = build.for_role(run, train, head)
         self.run, self.topology, self.stage, self.role = run, topology, stage, role
         self.on_te = build.backend_of(run, topology.device) == "te"
         if self.on_te:
@@ -50,9 +63,10 @@ class ParallelModel:
             spec_te.check(run)
             if run.parallel.tp_comm_overlap:
                 tp_overlap.start(run)
-        self.chunks = build.build_model(run, topology.device)
-        self.config = self.chunks[0].config  # DDP's, the one the schedules read
+        self.chunks = build.build_model(run, topology.device, train)
+        self.config = self.chunks[0].config  # the one the schedules read
         self.optimizer = build.build_optimizer(run, self.chunks) if train else None
+        self.pull = tune.PullToStart(run.tune.l2_to_init) if train and run.tune.l2_to_init else None
         self._forward_backward = get_forward_backward_func()
         self._metric_names: list[str] | None = None
         self._aux_divisor = 1.0
@@ -71,11 +85,13 @@ class ParallelModel:
         return self._run(micro_batches, forward_only=False)
 
     @torch.no_grad()
-    def step(self, lr: float) -> float | None:
-        """Update the weights with learning rate lr. Returns the gradient norm before clipping, or None if fp16 overflowed and
-        the step was skipped. Raises NonFiniteGradient, weights unchanged, when fp32 or bf16 gradients are not finite."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
+    def step(self, lr: float, number: int = 1) -> float | None:
+        """Update the weights with learning rate lr; `number` counts steps from 1. Returns the gradient norm before clipping, or None if
+        fp16 overflowed and the step was skipped. Raises NonFiniteGradient, weights unchanged, when fp32 or bf16 gradients are not finite."""
+        tune.set_rates(self.optimizer, self.run, lr, number)
+        if self.pull:
+            self.pull.add_gradient(self.chunks, self.loss_scale)
+        tune.drop_frozen_gradients(self.chunks, self.run, number)
         if self._prepare_gradients():
             return None
         norm = float(self.optimizer.get_grad_norm())
@@ -104,7 +120,7 @@ class ParallelModel:
     def gather_weights(self) -> None:
         """Complete the weights of this rank before they are read outside a forward pass: with overlap_param_gather the next
         forward would gather them, and FP8 weights are loaded shard by shard. Collective."""
-        if not (self.run.parallel.overlap_param_gather or self.run.train.fp8.params):
+        if self.optimizer is None or not (self.run.parallel.overlap_param_gather or self.run.train.fp8.params):
             return
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
@@ -146,20 +162,38 @@ class ParallelModel:
         return self._run(micro_batches, forward_only=True)
 
     @torch.no_grad()
-    def score(self, batch: dict) -> torch.Tensor:
-        """log-probability of each label, fp32 [b, s], on every rank of the replica; b is a multiple of train.micro_batch."""
+    def score(self, micro_batches: list[dict]) -> list[torch.Tensor]:
+        """The output of each micro-batch, fp32 [b, s], on every rank of the replica: the log-probability of each label, or with the
+        scalar head one value per token. All micro-batches have one shape."""
         for chunk in self.chunks:
             chunk.eval()
-        size = self.run.train.micro_batch
-        pieces = [{name: t[row:row + size] for name, t in batch.items()} for row in range(0, len(batch["tokens"]), size)]
-        wanted = len(pieces)
+        wanted = len(micro_batches)
         if self.run.parallel.vpp > 1:  # the interleaved schedule runs whole rounds of pp micro-batches
-            pieces += [pieces[-1]] * (-wanted % self.topology.pp)
-        outputs = self._pass([self._place(piece) for piece in pieces], self._collect, forward_only=True)
-        logp = torch.cat(outputs[:wanted]) if outputs else torch.empty(batch["tokens"].shape, device=self.topology.device)
-        if self.topology.pp > 1:
-            dist.broadcast(logp, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-        return logp
+            micro_batches = micro_batches + [micro_batches[-1]] * (-wanted % self.topology.pp)
+        outputs = self._pass([self._place(batch) for batch in micro_batches], self._collect, forward_only=True)
+        if self.topology.pp == 1:
+            return outputs[:wanted]
+        shape = (wanted, *micro_batches[0]["tokens"].shape)
+        whole = torch.stack(outputs[:wanted]) if outputs else torch.empty(shape, device=self.topology.device)
+        dist.broadcast(whole, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+        return list(whole.unbind())
+
+    def greedy(self, micro_batches: list[dict]) -> list[torch.Tensor]:
+        """For each micro-batch, bool [b, s]: is the label the most probable token? On every rank of the replica."""
+        networks = [build.bare(chunk) for chunk in self.chunks]
+        for network in networks:
+            network.is_greedy = True
+        try:
+            return [hit > 0.5 for hit in self.score(micro_batches)]
+        finally:
+            for network in networks:
+                network.is_greedy = False
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all replicas."""
+        values = values.to(self.topology.device, copy=True)
+        dist.all_reduce(values, group=mpu.get_data_parallel_group())
+        return values
 
     # --- one pass through the schedule ------------------------------------------------------------------------------
 
@@ -171,7 +205,7 @@ class ParallelModel:
         return self._reduce(self._pass(batches, partial(self._loss, count=count), forward_only), count)
 
     def _pass(self, batches: list[dict], on_output, forward_only: bool) -> list:
-        """Drive megatron's schedule over the micro-batches; what on_output(batch, nll) reports, on the last pp rank."""
+        """Drive megatron's schedule over the micro-batches; what on_output(batch, output) reports, on the last pp rank."""
         shape = batches[0]["tokens"].shape
         return self._forward_backward(
             forward_step_func=partial(self._forward_step, on_output=on_output),
@@ -213,13 +247,14 @@ class ParallelModel:
         seq_len = full["tokens"].size(1)
         t = self.topology
         batch = masks.shard(full, seq_len, t.cp_rank, t.cp)
-        nll = chunk(
+        tune.add_noise(build.bare(chunk), full, self.run, t)
+        output = chunk(
             batch["tokens"],
             batch["position_ids"],
             labels=batch["labels"],
             **self._attention(full, seq_len),
         )
-        return nll, partial(on_output, full)
+        return output, partial(on_output, full)
 
     def _attention(self, full, seq_len) -> dict:
         if self.on_te:
@@ -229,23 +264,23 @@ class ParallelModel:
         t = self.topology
         return dict(attention_mask=masks.document_mask(full.get("segment_ids"), seq_len, t.cp_rank, t.cp, full["tokens"].device))
 
-    def _loss(self, batch, nll, count):
-        """nll [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
-        loss = self.stage.loss(self.role, self._whole(nll), batch)
+    def _loss(self, batch, output, count):
+        """Output [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
+        loss = self.stage.loss(self.role, self._whole(output), batch)
         report = {"loss": (loss.sum.detach().clone(), torch.zeros_like(count)), **loss.metrics}  # clone: the schedule divides in place
-        return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=nll.device), report
+        return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=output.device), report
 
-    def _collect(self, batch, nll):
-        logp = self._whole(nll).contiguous()
-        return logp.sum(), torch.zeros([], dtype=torch.int, device=nll.device), logp
+    def _collect(self, batch, output):
+        whole = self._whole(output).contiguous()
+        return whole.sum(), torch.zeros([], dtype=torch.int, device=output.device), whole
 
-    def _whole(self, nll) -> torch.Tensor:
-        """nll [b, s / cp] of this cp rank -> log-probabilities fp32 [b, s]. Differentiable: every cp rank computes the whole
-        loss, and backward keeps this rank's slice."""
-        logp = -nll.float()
+    def _whole(self, output) -> torch.Tensor:
+        """Output [b, s / cp] of this cp rank -> fp32 [b, s]. Differentiable: every cp rank computes the whole loss, and backward
+        keeps this rank's slice."""
+        output = output.float()
         if self.topology.cp == 1:
-            return logp
-        gathered = gather_from_sequence_parallel_region(logp.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
+            return output
+        gathered = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
                                                         group=mpu.get_context_parallel_group())
         return masks.unshard(gathered.transpose(0, 1), self.topology.cp)
 
@@ -261,9 +296,8 @@ class ParallelModel:
         dist.all_reduce(sums, group=mpu.get_data_parallel_group())
         if self.topology.pp > 1:
             dist.all_reduce(sums, group=mpu.get_pipeline_model_parallel_group())
-        values = sums.tolist()
-        metrics = {name: total / n if n else float("nan") for name, (total, n) in zip(names[1:], values[1:])}
-        return Result(loss=values[0][0] / float(count), count=float(count), metrics=metrics)
+        found = {name: (total, n) for name, (total, n) in zip(names, sums.tolist())}
+        return Result({**found, "loss": (found["loss"][0], float(count))})
 
     def _names(self, outputs) -> list[str]:
         """Names of the reports, known on the last pp rank only, told to the others once."""

@@ -12,12 +12,14 @@ import tempfile
 
 import psutil
 
+from engine.stages import ALIGN, STAGES
+
 OK, ERROR, USAGE = 0, 1, 2
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo's words, and NCCL's
 
 
-def main(doc: str) -> int:
-    """Run a training command on this rank. Returns the exit code."""
+def main(doc: str, stages) -> int:
+    """Run a training command on this rank. Returns the exit code. stages: those of engine.stages that it runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -28,6 +30,9 @@ def main(doc: str) -> int:
         run = load_config(args.config, args.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as error:
         return _say(f"{args.config}: {len(error.problems)} mistake{'s' * (len(error.problems) > 1)} in the configuration\n{error}", USAGE)
+    if run.stage in STAGES and run.stage not in stages:
+        command = "launch/align.py" if run.stage in ALIGN else "launch/pretrain.py"
+        return _say(f"stage={run.stage} is run by {command}; this command runs {', '.join(stages)}", USAGE)
     return _train(run)
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from yaml import YAMLError
 
 from engine.models import FAMILIES, family_defaults
+from engine.run_folder import find
 from engine.section import Section, Unreadable  # noqa: F401 (Unreadable: for engine/checks.py)
 from engine.stage_sections import Anneal, Average, Chat, Dpo, LongContext, Lora, Reward, RopeScaling, Tune
 
@@ -363,7 +364,9 @@ class Log(Section):
 class RunConfig(Section):
     run: Run
     stage: str = "pretrain"
-    """A file of engine/stages."""
+    """A file of engine/stages, or package.module:Class of your own."""
+    stage_options: dict[str, Any] = {}
+    """What a stage of your own wants to be told."""
     model: Model
     parallel: Parallel = Parallel()
     data: Data = Data()
@@ -401,7 +404,7 @@ def validate(raw: dict[str, Any], world_size: int | None = None) -> RunConfig:
     from engine.checks import cross_checks
 
     problems = []
-    raw, preset_is_known = _with_family(raw, problems)
+    raw, preset_is_known = _with_family(_with_checkpoints_model(raw), problems)
     try:
         run = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -454,6 +457,21 @@ def _parsed(overrides):
     if problems:
         raise ConfigError(problems)
     return changes
+
+
+def _with_checkpoints_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """Where no model.family is given, the model of checkpoint.load, with the user's own model keys laid over it."""
+    own = raw.get("model") or {}
+    section = raw.get("checkpoint")
+    load = section.get("load") if isinstance(section, dict) else None
+    if not load or not isinstance(own, dict) or own.get("family") is not None:
+        return raw
+    folder = find(load)
+    if folder is None:
+        raise ConfigError([f"the configuration has no model, and checkpoint.load={load}, which would say, holds no complete checkpoint (iter_*/metadata.json)"])
+    written = _read(folder / "config.yaml", [])["model"]
+    written.pop("head", None)  # the stage's business
+    return {**raw, "model": OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(written), OmegaConf.create(own)))}
 
 
 def _with_family(raw: dict[str, Any], problems: list[str]) -> tuple[dict[str, Any], bool]:

@@ -1,12 +1,14 @@
 """Pretrain: torchrun --nproc-per-node N launch/pretrain.py CONFIG.yaml [key=value ...]
 
-Runs the stages that learn from plain text (stage: pretrain). Every key is described in engine/config.py; any key can be
-overridden on the command line, such as train.steps=20 parallel.tp=2. Exit codes: 0 done, 1 error, 2 usage or configuration.
+Runs the stages that learn from plain text (stage: pretrain, continued, long_context, anneal). Every key is described in
+engine/config.py and engine/stage_sections.py; any key can be overridden on the command line, such as train.steps=20 parallel.tp=2.
+Where the configuration names no model, it takes the one of checkpoint.load. Exit codes: 0 done, 1 error, 2 usage or configuration.
 """
 
 import sys
 
 from engine.cli import main
+from engine.stages import TEXT
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(main(__doc__, TEXT))

@@ -26,12 +26,13 @@ ERROR, USAGE = 1, 2
 def command_line(argv):
     """On a rank: launch/pretrain.py without its start-up; (exit code, stderr)."""
     from engine.cli import main
+    from engine.stages import TEXT
 
     sys.argv, stderr = ["pretrain.py", *argv], io.StringIO()
     os.environ.pop("RANK")      # as without torchrun, where a message is not told once per machine
     with contextlib.redirect_stderr(stderr):
         try:
-            code = main("")
+            code = main("", TEXT)
         except SystemExit as stop:
             code = stop.code
     return code, stderr.getvalue()

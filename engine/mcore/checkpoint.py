@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from engine.config import RunConfig, dump_config
 from engine.mcore import optim_state, vocabulary
 from engine.mcore.build import bare
+from engine.run_folder import find
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
 
@@ -50,17 +51,6 @@ class Position:
 
 def folder_of(root: str | Path, step: int) -> Path:
     return Path(root) / f"iter_{step:07d}"
-
-
-def find(path: str | Path) -> Path | None:
-    """The checkpoint folder that `path` means: itself, or the newest complete one below it; None if there is none."""
-    path = Path(path)
-    if (path / "metadata.json").is_file():
-        return path
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    folders = sorted(f for f in path.glob("iter_*") if f.suffix == "" and (f / "metadata.json").is_file()) if path.is_dir() else []
-    return folders[-1] if folders else None
 
 
 # --- saving and loading a model that is spread over ranks ------------------------------------------------------------

@@ -1,11 +1,43 @@
-"""Training stages, one file each. STAGES maps the name a configuration uses to `module:class`, imported when asked for."""
+"""Training stages, one file each. The name a configuration uses leads to `module:class`, imported when asked for.
+
+TEXT learn from plain text (launch/pretrain.py), ALIGN from conversations and preferences (launch/align.py). A stage outside this
+tree is named by its own `package.module:Class` and runs under either command.
+"""
 
 import importlib
+import os
+import sys
 
-STAGES = {"pretrain": "engine.stages.pretrain:Pretrain"}
+TEXT = {
+    "pretrain": "engine.stages.pretrain:Pretrain",
+    "continued": "engine.stages.continued:Continued",
+    "long_context": "engine.stages.long_context:LongContext",
+    "anneal": "engine.stages.anneal:Anneal",
+}
+ALIGN = {
+    "sft": "engine.stages.sft:Sft",
+    "reward": "engine.stages.reward:Reward",
+    "dpo": "engine.stages.dpo:Dpo",
+}
+STAGES = TEXT | ALIGN
 
 
 def build_stage(name: str):
-    """A stage of STAGES; engine/checks.py has refused other names."""
-    module, cls = STAGES[name].split(":")
+    """A stage of STAGES, or the class that `package.module:Class` names, which may lie in the working folder.
+
+    Raises ValueError where that cannot be imported; engine/checks.py has refused other names.
+    """
+    if name in STAGES:
+        return _found(STAGES[name])
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return _found(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"stage={name} cannot be imported: {error}; it must be package.module:Class, found from the working folder or "
+                         "PYTHONPATH") from error
+
+
+def _found(path: str):
+    module, cls = path.split(":")
     return getattr(importlib.import_module(module), cls)()

@@ -113,7 +113,8 @@ CASES = [
 ]
 
 
-def config(model: str, layout: dict, train: dict, world_size: int):
+def config(model: str, layout: dict, train: dict, world_size: int, sections: dict | None = None):
+    """sections: further sections of the configuration."""
     from engine.config import validate
 
     return validate({
@@ -125,6 +126,7 @@ def config(model: str, layout: dict, train: dict, world_size: int):
         # Where a gradient is rounding noise (a key bias, whose true gradient is 0), AdamW with a tiny epsilon turns its sign
         # into a full step; this epsilon keeps the comparison about layouts.
         "optim": {"eps": 1e-5},
+        **(sections or {}),
     }, world_size)
 
 
@@ -152,24 +154,27 @@ def batches(run, dp_rank: int, dp: int, step: int) -> list[dict]:
     starts = torch.zeros(BATCH, SEQ, dtype=torch.long)
     starts[:, 1:] = torch.where(segments[:, 1:] != segments[:, :-1], torch.arange(1, SEQ), 0)
     positions = torch.arange(SEQ) - starts.cummax(1).values
-    whole = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=loss_mask, position_ids=positions, segment_ids=segments.int())
+    whole = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=loss_mask, position_ids=positions, segment_ids=segments.int(),
+                 row=torch.arange(BATCH) + step * BATCH)
     size = run.train.micro_batch
     rows = range(dp_rank * size, BATCH, size * dp)
     return [{name: tensor[row:row + size] for name, tensor in whole.items()} for row in rows]
 
 
-def train(model: str, layout: dict, extra: dict, world_size: int):
+def train(model: str, layout: dict, extra: dict, world_size: int, sections: dict | None = None):
     """Runs on a rank: (losses, gradient norms, this rank's shards of the weights after STEPS steps)."""
     from engine.mcore import checkpoint, topology
     from engine.mcore.run import ParallelModel
 
-    run = config(model, layout, extra, world_size)
+    run = config(model, layout, extra, world_size, sections)
     place = topology.start(run)
     network = ParallelModel(run, place, CountTokens(), "policy")
+    if network.pull:
+        network.pull.remember(network.chunks)
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(network.forward_backward(batches(run, place.dp_rank, place.dp, step)).loss)
-        norms.append(network.step(lr=1e-3))
+        norms.append(network.step(lr=1e-3, number=step + 1))
     network.gather_weights()
     shards = [(key, shape, offset, values.numpy()) for key, shape, offset, values in checkpoint.local_shards(network)]
     return losses, norms, shards

@@ -8,13 +8,10 @@ machine is everybody's. The median over the rounds counts. litgpt takes part whe
 """
 
 import argparse
-import multiprocessing as mp
-import os
 import statistics
 import sys
-import time
-import traceback
-from pathlib import Path
+
+import _turns
 
 SIZES = dict(hidden=256, layers=8, heads=8, ffn=688, vocab=8192, seq=512, batch=8)
 LR = 3e-4
@@ -157,64 +154,11 @@ CONTESTANTS = {
 }
 
 
-def serve(name: str, threads: int, keep_memory: bool, pipe) -> None:
-    """Build a contestant, then take one step for every number received and answer (seconds, loss)."""
-    os.environ.update(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", TORCHINDUCTOR_COMPILE_THREADS="1")
-    import warnings
-
-    import torch
-
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    if keep_memory:
-        from engine.mcore import cpu
-
-        cpu.keep_memory()
-    function, kwargs = CONTESTANTS[name]
-    try:
-        step = function(**kwargs)
-        for i in range(3):  # the first steps compile, allocate and create optimizer state
-            loss = step(i)
-        pipe.send(("ready", loss))
-    except ImportError as error:
-        pipe.send(("missing", str(error)))
-        return
-    except Exception:
-        pipe.send(("failed", traceback.format_exc(limit=-3)))
-        return
-    while (i := pipe.recv()) is not None:
-        start = time.perf_counter()
-        loss = step(i)
-        pipe.send((time.perf_counter() - start, loss))
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep-memory", action="store_true", help="give the peers our allocator setting too (engine/mcore/cpu.py)")
-    parser.add_argument("--only", default="", help="names, comma-separated: " + ", ".join(CONTESTANTS))
-    args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    names = args.only.split(",") if args.only else list(CONTESTANTS)
-    context = mp.get_context("spawn")
-    pipes, seconds, losses = {}, {}, {}
-    for name in names:
-        pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(name, args.threads, args.keep_memory, theirs), daemon=True).start()
-        state, detail = pipe.recv()
-        print(f"{name}: {state}" + (f" ({detail})" if state != "ready" else f", loss {detail:.3f} after 3 steps"), flush=True)
-        if state == "ready":
-            pipes[name], seconds[name] = pipe, []
-    for i in range(args.rounds):
-        for name, pipe in pipes.items():
-            pipe.send(3 + i)
-            duration, losses[name] = pipe.recv()
-            seconds[name].append(duration)
-    for pipe in pipes.values():
-        pipe.send(None)
-    report(seconds)
+    arguments = _turns.add_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), CONTESTANTS, rounds=7).parse_args()
+    contestants = _turns.chosen(CONTESTANTS, arguments.only)
+    turns = _turns.take_turns(contestants, arguments, lambda losses: f"loss {losses[-1]:.3f} after {len(losses)} steps")
+    report({name: own.seconds for name, own in turns.items()})
     return 0
 
 

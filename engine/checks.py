@@ -5,8 +5,9 @@ RunConfig; nothing here touches a device or a process group, so an impossible la
 Left out: limits that only data or a device can tell; those are raised where they are met.
 """
 
+from engine import adapters
 from engine.config import Unreadable, nearest
-from engine.stages import STAGES
+from engine.stages import STAGES, ladder
 
 
 def cross_checks(run, world_size: int | None) -> list[str]:
@@ -15,14 +16,23 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     Each check is a generator that ends early where it meets a field that was refused already (Unreadable), so checks are
     kept apart by the fields they need.
     """
-    checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _layers, _vocabulary, _sequence, _learned_positions,
+    checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
-              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation)
+              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _phases, _frozen_parts,
+              _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
         for check in (_world, _expert_world, _world_batch, _world_rampup):
             problems += _until_unreadable(check(run, world_size))
+    if run.stage == "long_context":
+        problems += _until_unreadable(_rungs(run, world_size, set(problems)))
     return problems
+
+
+def _rungs(run, world_size: int | None, known: set[str]):
+    """What is wrong with a rung of the ladder, as a run of its own, and has not been told about the whole run."""
+    for i, rung in enumerate(ladder.rungs(run) if run.long_context.ladder else []):
+        yield from (f"long_context.ladder.{i}: {problem}" for problem in cross_checks(rung, world_size) if problem not in known)
 
 
 def _until_unreadable(problems):
@@ -38,7 +48,7 @@ def divisors(n: int, limit: int = 64) -> str:
 
 
 def _stage(run):
-    if run.stage not in STAGES:
+    if run.stage not in STAGES and ":" not in run.stage:
         yield f"stage={run.stage} is unknown{nearest(run.stage, STAGES)}"
 
 
@@ -79,6 +89,38 @@ def _rope(run):
         return      # told by _heads
     if model.position == "rope" and int(model.head_size * model.rope_percent) % 2:
         yield f"RoPE rotates pairs, but head_dim({model.head_size}) * rope_percent({model.rope_percent}) is odd; change model.head_dim"
+
+
+def _rope_scaling(run):
+    model, scaling = run.model, run.model.rope_scaling
+    if scaling.kind == "none" or (not model.head_dim and model.hidden_size % model.num_attention_heads):
+        return
+    dims, original = int(model.head_size * model.rope_percent), scaling.original_max_position
+    if model.position != "rope":
+        yield f"model.rope_scaling.kind={scaling.kind} stretches RoPE, but model.position={model.position}; set kind=none"
+    if scaling.kind in ("ntk", "dynamic") and dims < 4:
+        yield f"model.rope_scaling.kind={scaling.kind} needs 4 rotated dims or more, but head_dim * rope_percent is {dims}; set kind=linear"
+    if scaling.kind in ("yarn", "longrope") and original < 2:
+        yield (f"model.rope_scaling.original_max_position({original}) has no logarithm to divide by in kind={scaling.kind}; set the length "
+               "the model was first trained at")
+    if scaling.kind == "yarn" and model.rope_theta <= 1:
+        yield f"model.rope_scaling.kind=yarn needs model.rope_theta above 1, not {model.rope_theta:g}"
+    if scaling.kind == "yarn" and scaling.factor * original < run.train.seq_len:
+        yield (f"model.rope_scaling.factor({scaling.factor:g}) * original_max_position({original}) is shorter than "
+               f"train.seq_len({run.train.seq_len}); raise factor to {run.train.seq_len / original:g}")
+    if scaling.kind == "yarn" and scaling.beta_fast < scaling.beta_slow:
+        yield (f"model.rope_scaling.beta_fast({scaling.beta_fast:g}) is below beta_slow({scaling.beta_slow:g}), but dims that turn more often "
+               "are the ones to keep; swap them")
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield (f"model.rope_scaling.high_freq_factor({scaling.high_freq_factor:g}) must exceed low_freq_factor({scaling.low_freq_factor:g}); "
+               "raise it")
+    for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
+        factors = getattr(scaling, name)
+        if len(factors) != dims // 2:
+            yield (f"model.rope_scaling.{name} has {len(factors)} entries, but kind=longrope divides {dims // 2} pairs "
+                   f"(head_dim({model.head_size}) * rope_percent({model.rope_percent:g}) / 2); give one each")
+        if any(factor <= 0 for factor in factors):
+            yield f"model.rope_scaling.{name} holds {min(factors):g}, but frequencies are divided by it; give positive numbers"
 
 
 def _layers(run):
@@ -259,6 +301,8 @@ def _rampup(run):
 
 def _warmup(run):
     schedule, steps = run.schedule, run.schedule.decay_steps or run.train.steps
+    if not run.train.steps:
+        return      # nothing but validation
     if schedule.kind != "constant" and schedule.warmup_steps >= steps:
         yield f"schedule.warmup_steps({schedule.warmup_steps}) leaves no step of the {steps} to decay; lower it"
     if schedule.kind == "inverse_sqrt" and not schedule.warmup_steps:
@@ -275,7 +319,7 @@ def _rates(run):
 
 def _wsd(run):
     schedule, steps = run.schedule, run.schedule.decay_steps or run.train.steps
-    if schedule.kind == "wsd":
+    if schedule.kind == "wsd" and run.train.steps:
         if not schedule.wsd_decay_steps:
             yield "schedule.kind=wsd needs schedule.wsd_decay_steps, the length of the final decay"
         elif schedule.wsd_decay_steps + schedule.warmup_steps > steps:
@@ -305,6 +349,63 @@ def _validation(run):
         yield "train.eval_every is set but train.eval_samples is 0; set how many samples a validation reads"
     if run.train.eval_samples and not (data.valid or data.split):
         yield f"train.eval_samples({run.train.eval_samples}) but there is no validation set; set data.valid or data.split"
+
+
+FREEZABLE = ("embedding", "output", "norms", "router", "experts", "layers", "layers:N", "layers:FIRST-LAST")
+
+
+def _frozen_parts(run):
+    layers = run.model.num_layers
+    for part in run.tune.freeze:
+        kind, _, span = part.partition(":")
+        if (span and kind != "layers") or kind not in FREEZABLE:
+            yield f"tune.freeze names {part}; known: {', '.join(FREEZABLE)}"
+        elif span:
+            ends = span.split("-")
+            if not (1 <= len(ends) <= 2 and all(end.isdigit() for end in ends) and int(ends[0]) <= int(ends[-1]) < layers):
+                yield f"tune.freeze names {part}, but the model has layers 0 to {layers - 1}; write layers:0-{layers - 1} or layers:0"
+
+
+def _phases(run):
+    phases, stages = run.data.phases, ("pretrain", "continued", "anneal")
+    if phases and run.stage in STAGES and run.stage not in stages:
+        yield f"data.phases changes the corpora of {', '.join(stages)}, but stage={run.stage}; remove it"
+    if phases and not phases[0].after_tokens and not phases[0].ramp_tokens:
+        yield "data.phases.0 replaces data.train before its first token; put its list into data.train, or give it after_tokens or ramp_tokens"
+    for i, phase in enumerate(phases):
+        if not phase.train:
+            yield f"data.phases.{i}.train is empty; name at least one corpus prefix"
+    for i, (before, phase) in enumerate(zip(phases, phases[1:]), start=1):
+        end = before.after_tokens + before.ramp_tokens
+        if phase.after_tokens < end:
+            yield (f"data.phases.{i} begins after {phase.after_tokens} tokens, while data.phases.{i - 1} changes until {end}; "
+                   "list phases in order of time, or shorten the ramp")
+        elif phase.after_tokens == before.after_tokens:
+            yield f"data.phases.{i} begins after {phase.after_tokens} tokens, like data.phases.{i - 1}; remove one of them"
+
+
+def _replay(run):
+    data = run.data
+    if data.replay and run.stage in STAGES and run.stage != "continued":
+        yield f"data.replay is read by stage continued, but stage={run.stage}; put its corpora into data.train, or set stage=continued"
+    elif data.replay and not data.replay_share:
+        yield "data.replay is given but data.replay_share is 0; set the share of samples to take from it, or remove data.replay"
+
+
+def _anneal(run):
+    if run.stage == "anneal" and run.schedule.warmup_steps:
+        yield f"stage=anneal has no warm-up, but schedule.warmup_steps({run.schedule.warmup_steps}); set it to 0, or take stage=continued"
+
+
+def _average(run):
+    average, steps = run.average, run.train.steps
+    if average.kind == "none" or not steps:
+        return
+    if steps - steps % average.every <= average.start * steps:
+        yield (f"average.every({average.every}) after average.start({average.start}) of {steps} steps takes no weights; "
+               "lower one of them, or set average.kind=none")
+    if run.train.fp8.params:
+        yield "average.kind needs parameters in plain precision, but train.fp8.params=true; set one of them otherwise"
 
 
 def _world(run, world_size: int):

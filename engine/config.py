@@ -265,8 +265,8 @@ class Train(Section):
     """Samples per optimizer step, over all ranks."""
     rampup: Rampup = Rampup()
     """Growth of the global batch at the start."""
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
+    steps: int = Field(ge=0)
+    """Optimizer steps; 0 validates and changes nothing."""
     max_tokens: int = Field(0, ge=0)
     """Stop after this many tokens; 0 means no limit."""
     max_minutes: float = Field(0, ge=0)
@@ -283,6 +283,8 @@ class Train(Section):
     """torch.compile every layer."""
     eval_every: int = Field(0, ge=0)
     """Steps between validations; 0 validates only at the end."""
+    eval_at_start: bool = False
+    """Validate before the first step too."""
     eval_samples: int = Field(0, ge=0)
     """Samples per validation set; 0 means no validation."""
     manual_gc: int = Field(0, ge=0)

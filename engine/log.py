@@ -34,7 +34,7 @@ import orjson
 from engine.config import ConfigError, RunConfig, dump_config
 
 # The stages whose loss is that of a language model; parsers of Megatron-LM's console look for this name.
-LM_STAGES = ("pretrain", "long_context", "anneal", "sft")
+LM_STAGES = ("pretrain", "continued", "long_context", "anneal", "sft")
 PACKAGES = ("trireme-lm", "torch", "megatron-core", "transformer-engine", "numpy", "pydantic", "transformers", "tokenizers")
 
 
@@ -100,6 +100,20 @@ class RunLog:
             self._interval = Interval()
             self._write_status("running", "")
 
+    def measured(self, name: str, step: int, found: dict) -> None:
+        """What a stage measured after `step` beside its validation sets."""
+        if not self.is_writer:
+            return
+        self._append({"step": step, "split": name, **found}, first_step=step + 1)
+        for sink in self._sinks:
+            sink.write(step, {f"{name}/{key}": value for key, value in flatten(found).items()})
+        self._show_numbers(name, step, found)
+
+    def _show_numbers(self, name: str, step: int, found: dict | None) -> None:
+        numbers = flatten(found or {})
+        if numbers:
+            self._show(f" {name} at iteration {step} | " + " | ".join(f"{key}: {value:.6G}" for key, value in numbers.items()) + " | ")
+
     def validation(self, name: str, step: int, loss: float, extra: dict | None = None) -> None:
         """Mean loss over the validation set `name` after `step`; `extra` holds further numbers of it."""
         if not self.is_writer:
@@ -113,6 +127,7 @@ class RunLog:
                               **{f"valid/{name}/{key}": value for key, value in flatten(extra or {}).items()}})
         what = loss_name(self.run.stage)
         self._show(f" validation loss at iteration {step} on {name} | {what} value: {loss:.6E} | {what} PPL: {perplexity:.6E} | ")
+        self._show_numbers(name, step, extra)
 
     def note(self, text: str) -> None:
         """A message: into this rank's log, and on rank 0 to stderr."""

@@ -5,7 +5,7 @@ It never sees logits, ranks, shards or process groups; `engine/mcore/run.py` bri
 before calling `loss`. One stage is one file of `engine/stages/`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -30,7 +30,8 @@ class Role:
     """One network a stage needs."""
 
     head: Literal["tokens", "scalar"] = "tokens"
-    """tokens: the log-probability of each label; scalar: one value per token."""
+    """tokens: the log-probability of each label where loss_mask is not 0 (what lies elsewhere is never computed and means nothing);
+    scalar: one value per token."""
     train: bool = True
     """False: no gradients."""
     init: str = "load"
@@ -66,24 +67,49 @@ class Model(Protocol):
         """The sum of `values` over all replicas, for what concerns the whole global batch."""
 
 
-class Stage(Protocol):
-    """See engine/stages/pretrain.py for the shortest one."""
+class Stage:
+    """Base of every stage: subclasses give roles, datasets, count and loss, and change what else they need.
 
-    roles: Mapping[str, Role]
+    See engine/stages/pretrain.py for the shortest one. Nothing is kept on the instance but what `configure` sets.
+    """
+
+    roles: Mapping[str, Role] = {"policy": Role()}
     """Read after `configure`, which may set it. The first trained role is what checkpoints of this stage hold."""
 
     def configure(self, run):
         """The RunConfig this stage really runs with; called on every rank before anything is built."""
+        return run
 
     def datasets(self, run, num_train: int, num_valid: int) -> tuple[Dataset, Mapping[str, Dataset]]:
         """The training set with at least num_train samples, and the validation sets by name."""
+        raise NotImplementedError
 
     def prepare(self, micro_batches: list[Batch], models: Mapping[str, Model]) -> Iterator[list[Batch]]:
         """What to train on, from one global batch: micro-batches, one optimizer step per list yielded. Without gradients."""
+        yield micro_batches
 
     def count(self, role: str, batch: Batch) -> Tensor:
         """What `loss` sums over in this micro-batch: tokens, pairs or sequences. Known from the batch alone, because the
         engine divides before the backward pass; that keeps auxiliary losses of MoE routers independent of the unit."""
+        raise NotImplementedError
 
     def loss(self, role: str, output: Tensor, batch: Batch) -> Loss:
         """The loss of one micro-batch, from the role's output [b, s] (fp32). Last pp rank only; no collectives."""
+        raise NotImplementedError
+
+    def measure(self, micro_batches: list[Batch], models: Mapping[str, Model]) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What else validation wants to know of prepared micro-batches: name -> (sum, count) over this replica. Collective."""
+        return {}
+
+    # --- for stages that are more than one loop over one kind of batch -------------------------------------------------
+
+    def begin(self, run, trainer, datasets: Iterable[Dataset]) -> None:
+        """Called when the data is known and before training. trainer: see engine/train.py, class Trainer. Collective."""
+
+    def runs(self, run, trainer) -> Iterator:
+        """The RunConfigs to train one after the other; `finish` is called after each. Collective."""
+        yield run
+
+    def finish(self, run, model: Model) -> Mapping[str, float]:
+        """After the last step of a run: what belongs in its log. Collective."""
+        return {}

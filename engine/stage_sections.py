@@ -134,6 +134,8 @@ class Chat(Section):
     """sft: put several conversations into one row (best fit), each seeing only itself."""
     add_tokens: list[str] = []
     """Special tokens to add to the tokenizer; the embedding grows where needed."""
+    exact_match: bool = False
+    """sft: at validation, also the share of conversations in which greedy decoding says every trained turn exactly."""
     template_seconds: float = Field(20.0, gt=0)
     """Processor seconds a template may take for one chunk of conversations before it is stopped."""
     template_mib: int = Field(2048, ge=64)

@@ -21,6 +21,7 @@ from engine import metrics, schedule
 from engine.data.loader import Loader, Prefetcher
 from engine.log import RunLog
 from engine.mcore import build, checkpoint, observe, topology
+from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import NonFiniteGradient, ParallelModel
 from engine.stages import build_stage
@@ -34,115 +35,175 @@ def train(run) -> Position:
     stage = build_stage(run.stage)
     run = stage.configure(run)
     place = topology.start(run)
-    log = RunLog(run, place.rank, place.world_size, place.dp)
-    try:
-        position = _train(run, stage, place, log)
-        log.close("done")
-        return position
-    except BaseException as error:
-        log.close("failed", str(error) or type(error).__name__)
-        raise
-
-
-def _train(run, stage, place, log) -> Position:
-    log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
-    models = {name: ParallelModel(run, place, stage, name, role.train, role.head) for name, role in stage.roles.items()}
-    trained = [model for name, model in models.items() if stage.roles[name].train]
-    position = _start(run, stage, models, trained[0], log)
-    loader, validation = _loaders(run, stage, place)
-    log.resume(position.step)
-    clock = Clock(run, position)
-    started = saved = position.step
-
-    for micro_batches in _feed(run, loader, position):
-        lr = schedule.learning_rate(position.step + 1, run.optim, run.schedule, run.train.steps)
-        for batch in stage.prepare(micro_batches, models):
-            for model in trained:
-                result = model.forward_backward(batch)
-                _refuse_nan(result.loss, "loss", position, run)
-                norm = _step(model, lr, position, run)
-        position = _advance(position, run)
-        log.step(_record(run, place, position, micro_batches, result, norm, lr, clock.lap(), trained[0]))
-        if _due(run.train.eval_every, position.step):
-            _validate(stage, models, trained[0], validation, position, run, log)
-        if _due(run.checkpoint.save_every, position.step):
-            saved = _save(trained[0], run, position, log)
-        if clock.is_over(position):
-            break
-
-    if run.train.eval_samples and position.step != started and not _due(run.train.eval_every, position.step):
-        _validate(stage, models, trained[0], validation, position, run, log)
-    if run.checkpoint.save_at_end and saved != position.step:
-        _save(trained[0], run, position, log)
+    position = Position()
+    for part in stage.runs(run, Trainer(run, stage, place)):  # one, but for stages that are a ladder of runs
+        log = RunLog(part, place.rank, place.world_size, place.dp)
+        try:
+            position = Trainer(part, stage, place, log).train()
+            log.close("done")
+        except BaseException as error:
+            log.close("failed", str(error) or type(error).__name__)
+            raise
     return position
+
+
+class Trainer:
+    """The parts of one run on this rank. A stage may ask it for a `loader` and for a `frozen` network."""
+
+    def __init__(self, run, stage, place, log=None):
+        self.run, self.stage, self.place, self.log = run, stage, place, log
+
+    def train(self) -> Position:
+        """The loop."""
+        run, stage, place, log = self.run, self.stage, self.place, self.log
+        log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
+        self.models = {name: ParallelModel(run, place, stage, name, role.train, role.head) for name, role in stage.roles.items()}
+        self.trained = [model for name, model in self.models.items() if stage.roles[name].train]
+        self.first = self.trained[0]  # what checkpoints hold
+        self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
+        position = self._start()
+        loader, self.validation = self._loaders()
+        log.resume(position.step)
+        clock = Clock(run, position)
+        started = saved = position.step
+        if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
+            self._validate(position)
+
+        for micro_batches in self._feed(loader, position):
+            lr = schedule.learning_rate(position.step + 1, run.optim, run.schedule, run.train.steps)
+            for batch in stage.prepare(micro_batches, self.models):
+                for model in self.trained:
+                    result = model.forward_backward(batch)
+                    _refuse_nan(result.loss, "loss", position, run)
+                    norm = _step(model, lr, position, run)
+            position = _advance(position, run)
+            self.average.after_step(position.step)
+            log.step(_record(run, place, position, micro_batches, result, norm, lr, clock.lap(), self.first))
+            if _due(run.train.eval_every, position.step):
+                self._validate(position)
+            if _due(run.checkpoint.save_every, position.step):
+                saved = self._save(position)
+            if clock.is_over(position):
+                break
+
+        if run.train.eval_samples and position.step != started and not _due(run.train.eval_every, position.step):
+            self._validate(position)
+        if run.checkpoint.save_at_end and saved != position.step:
+            self._save(position)
+        found = stage.finish(run, self.first)
+        if found:
+            log.measured(run.stage, position.step, found)
+        return position
+
+    # --- what stages may ask for ----------------------------------------------------------------------------------------
+
+    def loader(self, dataset) -> Loader:
+        """This replica's micro-batches of a dataset."""
+        run, place = self.run, self.place
+        multiple = max(2 * place.cp if place.cp > 1 else 1, 8) * (place.tp if run.parallel.sequence_parallel else 1)
+        return Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, multiple)
+
+    def frozen(self, role: str = "policy", run=None) -> ParallelModel:
+        """A network of this run (or another) without gradients, with the weights that the role starts from."""
+        model = ParallelModel(run or self.run, self.place, self.stage, role, train=False)
+        self._load_start(role, model, is_first=False, run=run)
+        return model
+
+    # --- the parts of the loop, in the order in which it calls them -----------------------------------------------------
+
+    def _start(self) -> Position:
+        """Give every role its weights. The first trained one, which checkpoints hold, resumes run.dir when that holds one; every other
+        role, and the first in a new run, starts from checkpoint.roles or checkpoint.load, or else from initial weights."""
+        run = self.run
+        unknown = run.checkpoint.roles.keys() - self.stage.roles.keys()
+        if unknown:
+            raise ValueError(f"checkpoint.roles names {', '.join(sorted(unknown))}, but stage {run.stage} has the roles {', '.join(self.stage.roles)}")
+        own = checkpoint.find(Path(run.run.dir) / "checkpoints")
+        position = Position()
+        for name, model in self.models.items():
+            is_first = model is self.first
+            if is_first and own is not None and not run.tune.l2_to_init:
+                continue  # nothing of where it started is needed
+            found = self._load_start(name, model, is_first)
+            if is_first:
+                position = found
+                if model.pull:
+                    model.pull.remember(model.chunks)
+        if own is not None:
+            position = checkpoint.load(self.first, own)
+            self.average.resume(Path(run.run.dir) / "average", position.step)
+            self.log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
+        return position
+
+    def _load_start(self, name: str, model, is_first: bool, run=None) -> Position:
+        keys = (run or self.run).checkpoint
+        source = keys.roles.get(name) or keys.load
+        if self.stage.roles.get(name) and self.stage.roles[name].init == "fresh" or not source:
+            return Position()
+        folder = checkpoint.find(source)
+        if folder is None:
+            key = f"checkpoint.roles.{name}" if name in keys.roles else "checkpoint.load"
+            raise checkpoint.CheckpointError(f"{key}={source} holds no complete checkpoint (iter_*/metadata.json)")
+        with_optimizer = keys.load_optimizer and is_first
+        position = checkpoint.load(model, folder, optimizer=with_optimizer)
+        if self.log:
+            self.log.note(f"{name}: loaded {folder}" + ("" if with_optimizer else ", weights only"))
+        return position if with_optimizer and keys.load_position else Position()
+
+    def _loaders(self) -> tuple[Loader, dict[str, Loader]]:
+        """The training loader, long enough for every planned step, and one per validation set."""
+        run = self.run
+        num_train = schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train)
+        train, valid = self.stage.datasets(run, max(num_train, 1), _num_valid(run))
+        self.stage.begin(run, self, [train, *valid.values()])
+        return self.loader(train), {name: self.loader(dataset) for name, dataset in valid.items()}
+
+    def _feed(self, loader, position: Position):
+        """This replica's micro-batches, one global batch after another, from `position` on."""
+        positions = _positions(self.run, position)
+        if not self.run.data.prefetch:
+            yield from (loader.batches(*where) for where in positions)
+            return
+        with Prefetcher(loader, positions) as ahead:
+            yield from ahead
+
+    def _validate(self, position: Position) -> None:
+        """Every validation set, with the weights as they are and with their average."""
+        for name, loader in self.validation.items():
+            self.log.validation(name, position.step, *self._measured(loader))
+            if self.average.num_taken:
+                with self.average.swapped():
+                    self.log.validation(f"{name}/average", position.step, *self._measured(loader))
+
+    def _measured(self, loader) -> tuple[float, dict[str, float]]:
+        """Mean loss over train.eval_samples, and the means of the stage's metrics."""
+        sums = Counter()
+        for first in range(0, _num_valid(self.run), self.run.train.global_batch):
+            for batch in self.stage.prepare(loader.batches(first, self.run.train.global_batch), self.models):
+                found = dict(self.first.evaluate(batch).sums)
+                for name, pair in self.stage.measure(batch, self.models).items():
+                    found[name] = self.first.total(torch.stack([x.float().reshape(()) for x in pair])).tolist()
+                for name, (total, count) in found.items():
+                    sums.update({(name, "sum"): total, (name, "count"): count})
+        names = {name for name, _ in sums}
+        means = {name: sums[name, "sum"] / sums[name, "count"] if sums[name, "count"] else float("nan") for name in sorted(names)}
+        return means.pop("loss"), means
+
+    def _save(self, position: Position) -> int:
+        if self.average.num_taken:
+            self.average.save(Path(self.run.run.dir) / "average", position)
+        folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position)
+        self.log.note(f"saved {folder}")
+        return position.step
 
 
 class TrainingStopped(ValueError):
     """Training cannot go on without a person; no weight was changed by the step that is named."""
 
 
-# --- the parts of the loop, in the order in which it calls them -------------------------------------------------------
-
-
-def _start(run, stage, models, first, log) -> Position:
-    """Give every role its weights. `first`, the role that checkpoints hold, resumes run.dir when that holds one; every other role,
-    and `first` in a new run, starts from checkpoint.roles or checkpoint.load, or else from initial weights."""
-    unknown = run.checkpoint.roles.keys() - models.keys()
-    if unknown:
-        raise ValueError(f"checkpoint.roles names {', '.join(sorted(unknown))}, but stage {run.stage} has the roles {', '.join(models)}")
-    own = checkpoint.find(Path(run.run.dir) / "checkpoints")
-    position = Position()
-    for name, model in models.items():
-        is_first = model is first
-        if is_first and own is not None and not run.tune.l2_to_init:
-            continue  # nothing of where it started is needed
-        found = _load_start(run, name, model, stage.roles[name].init, is_first, log)
-        if is_first:
-            position = found
-            if model.pull:
-                model.pull.remember(model.chunks)
-    if own is not None:
-        position = checkpoint.load(first, own)
-        log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
-    return position
-
-
-def _load_start(run, name: str, model, init: str, is_first: bool, log) -> Position:
-    source = run.checkpoint.roles.get(name) or run.checkpoint.load
-    if init == "fresh" or not source:
-        return Position()
-    folder = checkpoint.find(source)
-    if folder is None:
-        key = f"checkpoint.roles.{name}" if name in run.checkpoint.roles else "checkpoint.load"
-        raise checkpoint.CheckpointError(f"{key}={source} holds no complete checkpoint (iter_*/metadata.json)")
-    with_optimizer = run.checkpoint.load_optimizer and is_first
-    position = checkpoint.load(model, folder, optimizer=with_optimizer)
-    log.note(f"{name}: loaded {folder}" + ("" if with_optimizer else ", weights only"))
-    return position if with_optimizer and run.checkpoint.load_position else Position()
-
-
-def _loaders(run, stage, place) -> tuple[Loader, dict[str, Loader]]:
-    """The training loader, long enough for every planned step, and one per validation set."""
-    num_train = schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train)
-    train, valid = stage.datasets(run, num_train, _num_valid(run))
-    multiple = max(2 * place.cp if place.cp > 1 else 1, 8) * (place.tp if run.parallel.sequence_parallel else 1)
-    loader = lambda dataset: Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, multiple)  # noqa: E731
-    return loader(train), {name: loader(dataset) for name, dataset in valid.items()}
-
-
 def _num_valid(run) -> int:
     """train.eval_samples in whole global batches."""
     return math.ceil(run.train.eval_samples / run.train.global_batch) * run.train.global_batch
-
-
-def _feed(run, loader, position: Position):
-    """This replica's micro-batches, one global batch after another, from `position` on."""
-    positions = _positions(run, position)
-    if not run.data.prefetch:
-        yield from (loader.batches(*where) for where in positions)
-        return
-    with Prefetcher(loader, positions) as ahead:
-        yield from ahead
 
 
 def _positions(run, position: Position):
@@ -215,25 +276,6 @@ def _peak_tflops(run, place) -> float | None:
     if run.log.peak_tflops:
         return run.log.peak_tflops
     return metrics.peak_tflops(torch.cuda.get_device_name(), run.train.fp8.recipe != "none") if place.device == "cuda" else None
-
-
-def _validate(stage, models, model, loaders, position: Position, run, log) -> None:
-    """Mean loss and metrics over train.eval_samples of each validation set."""
-    for name, loader in loaders.items():
-        sums = Counter()
-        for first in range(0, _num_valid(run), run.train.global_batch):
-            for batch in stage.prepare(loader.batches(first, run.train.global_batch), models):
-                result = model.evaluate(batch)
-                for key, (total, count) in result.sums.items():
-                    sums.update({(key, "sum"): total, (key, "count"): count})
-        means = {key: sums[key, "sum"] / sums[key, "count"] if sums[key, "count"] else float("nan") for key in result.sums}
-        log.validation(name, position.step, means.pop("loss"), means)
-
-
-def _save(model, run, position: Position, log) -> int:
-    folder = checkpoint.save(model, Path(run.run.dir) / "checkpoints", position)
-    log.note(f"saved {folder}")
-    return position.step
 
 
 def _due(every: int, step: int) -> bool:

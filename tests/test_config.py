@@ -56,6 +56,23 @@ REFUSALS = [
     (["parallel.tp=4", "model.num_query_groups=2"], None, "model.num_query_groups(2) is not divisible by parallel.tp(4); legal tp: 1, 2"),
     (["parallel.tp=4", "model.ffn_hidden_size=130"], None, "model.ffn_hidden_size(130) is not divisible by parallel.tp(4); legal tp: 1, 2, 5, 10, 13, 26"),
     (["model.head_dim=9"], None, "RoPE rotates pairs, but head_dim(9) * rope_percent(1.0) is odd; change model.head_dim"),
+    (["model.position=none", "model.rope_scaling.kind=linear"], None,
+     "model.rope_scaling.kind=linear stretches RoPE, but model.position=none; set kind=none"),
+    (["model.head_dim=2", "model.rope_scaling.kind=ntk"], None,
+     "model.rope_scaling.kind=ntk needs 4 rotated dims or more, but head_dim * rope_percent is 2; set kind=linear"),
+    (["model.rope_scaling={kind: yarn, original_max_position: 1, factor: 64}"], None, "model.rope_scaling.original_max_position(1) has no "
+     "logarithm to divide by in kind=yarn; set the length the model was first trained at"),
+    (["model.rope_scaling.kind=yarn", "model.rope_theta=1"], None, "model.rope_scaling.kind=yarn needs model.rope_theta above 1, not 1"),
+    (["model.rope_scaling={kind: yarn, original_max_position: 4}"], None,
+     "model.rope_scaling.factor(8) * original_max_position(4) is shorter than train.seq_len(64); raise factor to 16"),
+    (["model.rope_scaling={kind: yarn, beta_fast: 1, beta_slow: 2}"], None, "model.rope_scaling.beta_fast(1) is below beta_slow(2), but dims "
+     "that turn more often are the ones to keep; swap them"),
+    (["model.rope_scaling={kind: llama3, low_freq_factor: 4}"], None,
+     "model.rope_scaling.high_freq_factor(4) must exceed low_freq_factor(4); raise it"),
+    (["model.rope_scaling={kind: longrope, long_factor: [1, 2, 3, 4], short_factor: [1]}"], None, "model.rope_scaling.short_factor has 1 entries, "
+     "but kind=longrope divides 4 pairs (head_dim(8) * rope_percent(1) / 2); give one each"),
+    (["model.rope_scaling={kind: longrope, long_factor: [1, 2, 0, 4], short_factor: [1, 1, 1, 1]}"], None,
+     "model.rope_scaling.long_factor holds 0, but frequencies are divided by it; give positive numbers"),
     (["parallel.vpp=2"], None, "parallel.vpp(2) needs a pipeline; set parallel.pp to 2 or more, or vpp to 1"),
     (["parallel.pp=3"], None, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4"),
     (["parallel.tp=4", "model.vocab_pad_multiple=10", "model.vocab_size=1001"], None,

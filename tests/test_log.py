@@ -188,7 +188,8 @@ def test_validation_is_shown_and_written(make_log, tmp_path, capsys):
     log = make_log()
     log.validation("pile", 100, 3.2, {"tokens": 64})
     log.validation("code", 100, 50.0)
-    first, second = capsys.readouterr().out.splitlines()
+    first, numbers, second = capsys.readouterr().out.splitlines()
+    assert numbers.endswith("pile at iteration 100 | tokens: 64 | ")
     assert first == " validation loss at iteration 100 on pile | lm loss value: 3.200000E+00 | lm loss PPL: 2.453253E+01 | "
     assert f"PPL: {math.exp(20):.6E}" in second
     assert read_metrics(tmp_path / "run", "pile") == [{"step": 100, "split": "pile", "valid_loss": 3.2, "tokens": 64}]

@@ -24,13 +24,13 @@ MOE = {"model": {"family": "mixtral", "moe": {"num_experts": 4, "top_k": 2, "ffn
 
 
 class Watched(CountTokens):
-    """Keeps the per-token losses of the last global batch."""
+    """Keeps the per-token losses of the last global batch, 0 where there is none."""
 
     def __init__(self):
         self.nll = []
 
     def loss(self, role, output, batch):
-        self.nll.append(-output.detach())
+        self.nll.append(-output.detach() * batch["loss_mask"])
         return super().loss(role, output, batch)
 
 
@@ -160,7 +160,7 @@ def against_transformers(change, documents):
     theirs = dict(llama.from_hf(run.model, {name: parameter.grad for name, parameter in network.named_parameters()}))
     ours = gradients(model)
     assert ours.keys() == theirs.keys()
-    return [("nll", torch.cat(stage.nll).numpy(), nll.detach().numpy()), ("loss", np.array(result.loss), np.array(loss.item()))] + [
+    return [("nll", torch.cat(stage.nll).numpy(), (nll * whole["loss_mask"]).detach().numpy()), ("loss", np.array(result.loss), np.array(loss.item()))] + [
         (name, ours[name].numpy(), theirs[name].numpy()) for name in ours]
 
 

@@ -4,7 +4,7 @@ In: a list such as ["0.3", "web", "0.7", "code"] (or plain prefixes), a split st
 of samples of each split. Out: per split one dataset with len() and gather(), the same as GPTSamples.
 Order and sizes equal megatron-core's BlendedMegatronDatasetBuilder bit for bit; no random numbers are involved.
 
-Left out: several validation sets side by side, mock data, parallel index building.
+Left out: mixtures that change during a run (mixture.py), several validation sets side by side, mock data, parallel index building.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ def normalize(weights: Sequence[float]) -> list[float]:
     return (values / np.sum(values)).tolist()
 
 
+def count_sources(dataset_index: np.ndarray, num_datasets: int) -> np.ndarray:
+    """How often each dataset occurs in an index; int64 [num_datasets]. By pieces: bincount makes int64 of all it is given at once."""
+    pieces = (dataset_index[i:i + 2**20] for i in range(0, dataset_index.size, 2**20))
+    return sum((np.bincount(piece, minlength=num_datasets) for piece in pieces), start=np.zeros(num_datasets, dtype=np.int64))
+
+
 class Blend:
     """num_samples samples drawn from several datasets of one seq_len in proportion to weights.
 
@@ -95,6 +101,10 @@ class Blend:
                 tokens[is_from_k] = self.datasets[k].gather(samples[is_from_k])
         return (tokens, ids) if segments else tokens
 
+    def counts(self, upto: int) -> np.ndarray:
+        """How many of the first `upto` samples each dataset gives; int64 [datasets]."""
+        return count_sources(self.dataset_index[:upto], len(self.datasets))
+
     def source_of(self, j: int) -> tuple[int, int]:
         """(number of the dataset, number of the sample in it) of sample j."""
         check_sample_numbers(np.array([j]), len(self), "the blend")
@@ -121,8 +131,7 @@ class Blend:
             raise DataError(f"weights are {list(weights)}, expected positive numbers; drop the corpora that should not be drawn from")
 
     def _check_shares(self, sizes: list[int]) -> None:
-        counts = np.bincount(self.dataset_index, minlength=len(sizes))
-        for dataset, count, size in zip(self.datasets, counts, sizes):
+        for dataset, count, size in zip(self.datasets, self.counts(len(self)), sizes):
             if count > size:
                 raise DataError(
                     f"{dataset.corpus.prefix} ({dataset.split_name}): the blend draws {count} samples, but only {size} were built; "

@@ -15,6 +15,7 @@ import torch
 
 from engine.data.blend import build_pretraining, build_pretraining_per_split
 from engine.data.indexed import DataError
+from engine.data.mixture import build_mixture
 from engine.stage import Batch
 
 
@@ -90,13 +91,17 @@ def datasets(run, num_train: int, num_valid: int) -> tuple[NextToken, dict[str, 
     data, seq_len, seed = run.data, run.train.seq_len, run.run.seed
     cache = data.cache_dir or str(Path(run.run.dir) / "index_cache")
     options = dict(eod_id=_eod_id(run), reset_at_eod=data.reset_at_eod, eod_mask_loss=data.eod_mask_loss, vocab_size=run.model.vocab_size)
+    is_mixture = bool(data.phases or data.replay)
+    num_plain = 0 if is_mixture else num_train
     if data.split:
-        train, valid, _ = build_pretraining(data.train, data.split, seq_len, (num_train, num_valid, 0), seed, cache, data.one_epoch)
+        train, valid, _ = build_pretraining(data.train, data.split, seq_len, (num_plain, num_valid, 0), seed, cache, data.one_epoch)
         named = {"valid": valid} if num_valid else {}
     else:
-        train, _, _ = build_pretraining_per_split((data.train, None, None), seq_len, (num_train, 0, 0), seed, cache, data.one_epoch)
+        train, _, _ = build_pretraining_per_split((data.train, None, None), seq_len, (num_plain, 0, 0), seed, cache, data.one_epoch)
         named = {name: build_pretraining_per_split((None, blend, None), seq_len, (0, num_valid, 0), seed, cache)[1]
                  for name, blend in data.valid.items()} if num_valid else {}
+    if is_mixture:
+        train = build_mixture(data, seq_len, num_train, seed, cache)
     for name, samples, wanted in (("data.train", train, num_train), *((f"data.valid.{n}", s, num_valid) for n, s in named.items())):
         if len(samples) < wanted:
             raise DataError(f"{name} holds {len(samples)} samples of {seq_len} tokens in one pass, but {wanted} are asked for; "

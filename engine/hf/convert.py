@@ -12,6 +12,7 @@ from engine.config import Data, Run, RunConfig, Train
 from engine.hf import family_of, read_model
 from engine.hf.export import DTYPES, TOKENIZER_FILES
 from engine.hf.load import Tensors
+from engine.hf.peft import Merged
 
 PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
@@ -42,6 +43,11 @@ def in_fp32(run: RunConfig) -> RunConfig:
         "train": run.train.model_copy(update={"precision": "fp32", "backend": "torch", "fp8": type(run.train.fp8)(),
                                               "compile": False, "recompute": "none"}),
     })
+
+
+def merge(run: RunConfig, tensors: Mapping[str, Tensor]) -> tuple[RunConfig, Mapping[str, Tensor]]:
+    """The run and its weights with the adapters merged in, as a model that never had any."""
+    return run.model_copy(update={"lora": type(run.lora)()}), Merged(tensors, run.model, run.lora)
 
 
 class Rounded(Mapping[str, Tensor]):

@@ -2,7 +2,7 @@
 
 A config.json enters as the dict json.load returned; keys of config.Model leave, and the other way round. transformers 4.x
 reads `rope_theta` and `rope_scaling`, 5.x `rope_parameters`; likewise `torch_dtype` and `dtype`. We write all of them and read
-whichever is there. No torch here. Left out: RoPE types that the engine does not build (dynamic, yarn, longrope); they are refused.
+whichever is there. No torch here. Left out, and refused: RoPE of part of a head, and types with no `model.rope_scaling.kind`.
 """
 
 from typing import Any, Mapping
@@ -10,6 +10,7 @@ from typing import Any, Mapping
 from pydantic import ValidationError
 
 from engine.config import Model
+from engine.stage_sections import RopeScaling
 
 
 class HFError(ValueError):
@@ -45,6 +46,10 @@ def to_model(fields: Mapping[str, Any]) -> Model:
         f"{model.kv_heads} key/value heads do not divide {model.num_attention_heads} query heads":
             model.num_attention_heads % model.kv_heads != 0,
     }, "config.json describes no model")
+    scaling, pairs = model.rope_scaling, int(model.head_size * model.rope_percent) // 2
+    refuse({f"RoPE type longrope has {len(factors)} entries in {name}, but a head has {pairs} pairs": len(factors) != pairs
+            for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
+            if scaling.kind == "longrope"}, "config.json describes no model")
     return model
 
 
@@ -54,20 +59,26 @@ def dtype_keys(dtype: str) -> dict[str, str]:
 
 
 def rope_keys(model: Model) -> dict[str, Any]:
-    """RoPE of `model` under the keys of transformers 4.x and of 5.x (modeling_rope_utils.py)."""
-    scaling = model.rope_scaling
+    """RoPE of `model` under the keys of transformers 4.x and of 5.x (modeling_rope_utils.py).
+
+    Holds max_position_embeddings too where transformers takes the original length from it (dynamic).
+    """
+    scaling, theta = model.rope_scaling, model.rope_theta
+    if scaling.kind == "ntk":
+        # transformers knows no fixed NTK, which only changes the base period: it is written as that period, without a scaling.
+        dims = int(model.head_size * model.rope_percent)
+        theta, scaling = theta * scaling.factor ** (dims / (dims - 2)), RopeScaling()
     parameters = {"rope_type": "default" if scaling.kind == "none" else scaling.kind}
-    if scaling.kind != "none":
-        parameters["factor"] = scaling.factor
-    if scaling.kind == "llama3":
-        parameters["low_freq_factor"] = scaling.low_freq_factor
-        parameters["high_freq_factor"] = scaling.high_freq_factor
-        parameters["original_max_position_embeddings"] = scaling.original_max_position
-    return {
-        "rope_theta": model.rope_theta,
+    for ours, theirs in _ROPE_NAMES.get(scaling.kind, {}).items():
+        value = getattr(scaling, ours)
+        if value or ours not in _ROPE_UNSET:
+            parameters[theirs] = value
+    keys = {
+        "rope_theta": theta,
         "rope_scaling": None if scaling.kind == "none" else dict(parameters),
-        "rope_parameters": {**parameters, "rope_theta": model.rope_theta},
+        "rope_parameters": {**parameters, "rope_theta": theta},
     }
+    return keys | ({"max_position_embeddings": scaling.original_max_position} if scaling.kind == "dynamic" else {})
 
 
 def rope_fields(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
@@ -82,14 +93,41 @@ def rope_fields(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     refuse({
-        f"RoPE type {kind!r} is not supported (default, linear and llama3 are)": kind not in ("default", "linear", "llama3"),
+        f"RoPE type {kind!r} is not supported (default, {', '.join(_ROPE_NAMES)} are)": kind != "default" and kind not in _ROPE_NAMES,
         f"partial_rotary_factor={partial} is not supported (only 1.0 is)": partial != 1.0,
     }, "config.json")
     theta = rope.get("rope_theta") or hf.get("rope_theta") or default_theta
     if kind == "default":
         return {"rope_theta": theta}
-    scaling = {"kind": kind, "factor": need(rope, "factor")[0]}
-    if kind == "llama3":
-        low, high, original = need(rope, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling |= {"low_freq_factor": low, "high_freq_factor": high, "original_max_position": original}
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **_scaling_fields(kind, rope, hf)}}
+
+
+# The parameters of each type: our field -> transformers' key.
+_FACTOR, _ORIGINAL = {"factor": "factor"}, {"original_max_position": "original_max_position_embeddings"}
+_ROPE_NAMES = {
+    "linear": _FACTOR,
+    "dynamic": _FACTOR,
+    "yarn": _FACTOR | _ORIGINAL | {name: name for name in ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim",
+                                                           "attention_factor")},
+    "longrope": _FACTOR | _ORIGINAL | {name: name for name in ("short_factor", "long_factor", "attention_factor")},
+    "llama3": _FACTOR | _ORIGINAL | {name: name for name in ("low_freq_factor", "high_freq_factor")},
+}
+_ROPE_UNSET = ("mscale", "mscale_all_dim", "attention_factor")  # 0 stands for a key that is left out
+_ROPE_OPTIONAL = _ROPE_UNSET + ("beta_fast", "beta_slow", "truncate")  # transformers' defaults are ours
+
+
+def _scaling_fields(kind: str, rope: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RopeScaling that this type reads, completed as transformers completes them."""
+    rope = dict(rope)
+    if kind == "dynamic":
+        return {"factor": need(rope, "factor")[0], "original_max_position": need(hf, "max_position_embeddings")[0]}
+    if kind in ("yarn", "longrope", "llama3"):  # a length beside the parameters goes before one in them; without either it is today's
+        original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = original or need(hf, "max_position_embeddings")[0]
+    if kind in ("yarn", "longrope") and rope.get("factor") is None:
+        rope["factor"] = need(hf, "max_position_embeddings")[0] / need(rope, "original_max_position_embeddings")[0]
+    names = _ROPE_NAMES[kind]
+    lists = [name for name in ("short_factor", "long_factor") if name in names]
+    need(rope, *(key for name, key in names.items() if name not in (*_ROPE_OPTIONAL, *lists)))
+    refuse({f"RoPE type {kind} lacks {name}": not rope.get(name) for name in lists}, "config.json")
+    return {name: rope[key] for name, key in names.items() if rope.get(key) is not None}

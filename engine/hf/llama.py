@@ -1,4 +1,4 @@
-"""Llama: LlamaForCausalLM of transformers, tied or not, grouped queries, any head_dim, linear and llama3 RoPE, biases.
+"""Llama: LlamaForCausalLM of transformers, tied or not, grouped queries, any head_dim, every kind of RoPE scaling, biases.
 
 config.json enters and keys of config.Model leave (`model_fields`), and back (`hf_config`); tensors go through the Pairs below.
 HF's attention_bias puts a bias on q, k, v and o, its mlp_bias on gate, up and down; the engine has qkv_bias (q, k, v) and

@@ -42,15 +42,15 @@ def transformers_logits(folder: str | Path, tokens: Tensor) -> Tensor:
         return model.eval()(tokens).logits.float()
 
 
-def agreement(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> str:
+def agreement(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE, who: str = "engine and transformers") -> str:
     """A sentence for the model card; HFError when the largest difference exceeds tolerance * the largest logit.
 
-    ours, theirs: fp32 logits [b, s, vocab].
+    ours, theirs: fp32 logits [b, s, vocab]; who they are.
     """
     if ours.shape != theirs.shape:
         raise HFError(f"the engine gives logits of shape {list(ours.shape)}, transformers {list(theirs.shape)}")
     scale, worst = theirs.abs().max().item(), (ours - theirs).abs().max().item()
-    sentence = (f"logits of engine and transformers differ by at most {worst:.2e} over {ours.shape[0]} prompts of {ours.shape[1]} "
+    sentence = (f"logits of {who} differ by at most {worst:.2e} over {ours.shape[0]} prompts of {ours.shape[1]} "
                 f"tokens (largest logit {scale:.3g}, tolerance {tolerance:g} of it)")
     if not worst <= tolerance * scale:  # so that NaN fails too
         raise HFError(sentence)

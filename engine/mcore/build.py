@@ -25,7 +25,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
-from engine.mcore import te_problem, tune
+from engine import adapters
+from engine.mcore import lora, rotary, te_problem, tune
 from engine.mcore.linear_ce import OutputLayer
 from engine.mcore.quantized import plain_parameters
 
@@ -39,7 +40,7 @@ def backend_of(run, device: str) -> str:
 
     Raises ValueError when te is asked for and cannot be had, with the reason.
     """
-    if run.train.backend == "torch":
+    if run.train.backend == "torch" or run.lora.rank:  # adapters sit on its layers; engine/adapters.py refuses te by name
         return "torch"
     problem = "there is no GPU" if device == "cpu" else te_problem
     if run.train.backend == "te" and problem:
@@ -150,7 +151,7 @@ def _experts(run, on_te: bool) -> dict:
         moe_aux_loss_coeff=coeff if with_loss else 0.0,
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_enable_expert_bias=moe.balance == "aux_free",
-        moe_router_bias_update_rate=moe.bias_update_rate,
+        moe_router_bias_update_rate=0.0 if run.lora.rank else moe.bias_update_rate,  # adapters leave the base as it is
         moe_router_score_function=moe.score,
         moe_router_pre_softmax=not moe.softmax_after_top_k and moe.score == "softmax",
         moe_router_topk_scaling_factor=moe.scaling_factor or None,
@@ -165,11 +166,12 @@ def _experts(run, on_te: bool) -> dict:
 class Network(GPTModel):
     """GPTModel with the heads stages ask for: given labels it returns one number per token.
 
-    head tokens: log p(label), computed chunk by chunk (linear_ce.py) without the padding of the vocabulary; 1 or 0 while `is_greedy`:
-    is the label the most probable token? head scalar: the value of each token.
+    head tokens: log p(label), computed chunk by chunk (linear_ce.py) without the padding of the vocabulary, at the places `asked` alone
+    (None: all); 1 or 0 while `is_greedy`: is the label the most probable token? head scalar: the value of each token.
     """
 
     is_greedy = False
+    asked = None  # of the micro-batch at hand
 
     def __init__(self, *args, model, **kwargs):
         super().__init__(*args, share_embeddings_and_output_weights=model.tie_embeddings and model.head == "tokens", **kwargs)
@@ -192,7 +194,8 @@ class Network(GPTModel):
         if labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy)
+        return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy,
+                                 asked=self.asked)
 
     def sharded_state_dict(self, *args, **kwargs):
         has_output, self.post_process = self.post_process, self.post_process and self.head == "tokens"
@@ -223,7 +226,6 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
     else:
         from engine.mcore.spec_torch import block_spec
     model = run.model
-    scaling = model.rope_scaling
     chunk = Network(
         config=config,
         transformer_layer_spec=block_spec(config, model, vp_stage),
@@ -235,15 +237,11 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
         position_embedding_type={"learned": "learned_absolute"}.get(model.position, model.position),
         rotary_percent=model.rope_percent,
         rotary_base=model.rope_theta,
-        seq_len_interpolation_factor=scaling.factor if scaling.kind == "linear" else None,
         vp_stage=vp_stage,
     )
-    if scaling.kind == "llama3" and model.position == "rope":
-        # megatron hard-codes three of the four factors, so the frequencies are scaled here with all of them.
-        rope = chunk.rotary_pos_emb
-        rope.inv_freq = rope._apply_scaling(rope.inv_freq, scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor,
-                                            scaling.original_max_position)
+    rotary.install(chunk, model)
     _mark_experts(chunk, run.parallel)
+    lora.adapt(chunk, run)
     init_weights(chunk, run)
     chunk.cuda(torch.cuda.current_device())
     return Float16Module(config, chunk) if run.train.precision != "fp32" else chunk
@@ -271,14 +269,17 @@ def init_weights(chunk: GPTModel, run) -> None:
         apply_factories(state)
         for shard in sharded_tensors(state):
             name, data = shard.key, shard.data
-            if name.endswith("bias"):
+            if adapters.MARK in name:
+                _draw(shard, functools.partial(lora.fill, name), run.run.seed)
+            elif name.endswith("bias"):
                 data.zero_()
             elif "layernorm" in name or "layer_norm" in name:
                 data.fill_(1.0)
             else:
                 residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
                 std = run.model.init_std / math.sqrt(2 * run.model.num_layers) if residual else run.model.init_std
-                _draw(shard, std, run.run.seed)
+                _draw(shard, functools.partial(_normal, std), run.run.seed)
+    lora.start_magnitudes(chunk)
 
 
 def sharded_tensors(state):
@@ -290,13 +291,18 @@ def sharded_tensors(state):
             yield from sharded_tensors(value)
 
 
-def _draw(shard: ShardedTensor, std: float, seed: int) -> None:
-    """Fill shard.data with its slice of normal(0, std), drawn for the whole tensor of one layer (and expert)."""
+def _normal(std: float, whole, generator) -> None:
+    whole.normal_(0, std, generator=generator)
+
+
+def _draw(shard: ShardedTensor, fill, seed: int) -> None:
+    """Fill shard.data with its slice of what fill(whole, generator) draws for the whole tensor of one layer (and expert)."""
     lead = shard.prepend_axis_num  # axes that count layers and experts
     where, shape, offset = shard.global_offset[:lead], shard.global_shape[lead:], shard.global_offset[lead:]
     digest = hashlib.sha256(f"{seed}/{shard.key}/{where}".encode()).digest()
     generator = torch.Generator(device=shard.data.device).manual_seed(int.from_bytes(digest[:7], "big"))
-    whole = torch.empty(shape, device=shard.data.device).normal_(0, std, generator=generator)
+    whole = torch.empty(shape, device=shard.data.device)
+    fill(whole, generator)
     local = shard.data.view(shard.local_shape[lead:] if len(shard.local_shape) > len(shape) else shard.local_shape)
     local.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, local.shape))])
 
@@ -306,6 +312,7 @@ def for_role(run, train: bool, head: str):
     update = {} if run.model.head == head else {"model": run.model.model_copy(update={"head": head})}
     if not train and run.lora.rank:
         update["lora"] = run.lora.model_copy(update={"rank": 0})
+        update["train"] = run.train.model_copy(update={"backend": "torch"})  # the backend of the adapted role: they are compared
     return run.model_copy(update=update) if update else run
 
 

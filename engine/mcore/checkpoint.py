@@ -28,8 +28,9 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
+from engine import adapters, rope
 from engine.config import RunConfig, dump_config
-from engine.mcore import optim_state, vocabulary
+from engine.mcore import lora, optim_state, vocabulary
 from engine.mcore.build import bare
 from engine.run_folder import find
 
@@ -107,6 +108,8 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
         bare(chunk).load_state_dict({**loaded[part], **absent[part]})
         if grows:
             vocabulary.fill_new_rows(bare(chunk), written_by.model.vocab_size, model.topology)
+        if not written_by.lora.rank:
+            lora.start_magnitudes(bare(chunk))  # of the weights that are there now
     if with_optimizer:
         optim_state.restore(model, loaded["optimizer"])
         if "random" in loaded:
@@ -122,7 +125,7 @@ def _is_new(written: RunConfig, wanted: RunConfig):
     """Which parameters may be absent, as a test of their names: a head or adapters that the checkpoint's model did not have."""
     new_head = written.model.head != wanted.model.head
     new_adapters = wanted.lora.rank and not written.lora.rank
-    return lambda name: (new_head and "value_head." in name) or (new_adapters and ".lora." in name)
+    return lambda name: (new_head and "value_head." in name) or (new_adapters and adapters.MARK in name)
 
 
 def read_position(folder: str | Path) -> Position:
@@ -212,7 +215,7 @@ def _same_layout(one: RunConfig, other: RunConfig) -> bool:
 
 def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, with_optimizer: bool) -> None:
     shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_heads", "head_size",
-             "norm", "activation", "position", "qkv_bias", "linear_bias", "qk_norm", "moe_ffn_hidden_size")
+             "norm", "activation", "position", "rope_percent", "qkv_bias", "linear_bias", "qk_norm", "moe_ffn_hidden_size")
     if wanted.model.head == "tokens":  # a scalar head has no output matrix to share with the embedding
         shape += ("tie_embeddings",)
     pairs = [(f"model.{name}", getattr(written.model, name), getattr(wanted.model, name)) for name in shape]
@@ -220,7 +223,8 @@ def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, wit
     if written.model.head == "scalar":
         pairs += [("model.head", written.model.head, wanted.model.head)]
     if written.lora.rank:
-        pairs += [(f"lora.{name}", getattr(written.lora, name), getattr(wanted.lora, name)) for name in ("rank", "dora")]
+        pairs += [(f"lora.{name}", getattr(written.lora, name), getattr(wanted.lora, name)) for name in ("rank", "alpha", "rslora", "dora")]
+        pairs += [("lora.targets", sorted(written.lora.targets), sorted(wanted.lora.targets))]
     if not vocabulary.grows(written.model, wanted.model):
         pairs += [(f"model.{name}", getattr(written.model, name), getattr(wanted.model, name)) for name in ("vocab_size", "padded_vocab_size")]
     elif not wanted.checkpoint.grow_vocab:
@@ -228,9 +232,14 @@ def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, wit
     differing = [f"{name} is {ours}, the checkpoint has {theirs}" for name, theirs, ours in pairs if theirs != ours]
     if differing:
         raise CheckpointError(f"{folder} holds another model: {'; '.join(differing)}. Give the checkpoint's sizes or another checkpoint.load")
+    if wanted.stage != "long_context" and (changed := rope.contradictions(written.model, wanted.model)):
+        raise CheckpointError(f"{folder}: {'; '.join(changed)}")
     if with_optimizer and vocabulary.grows(written.model, wanted.model):
         raise CheckpointError(f"{folder} has {written.model.vocab_size} tokens and this run {wanted.model.vocab_size}, so the optimizer's state "
                               "does not fit; set checkpoint.load_optimizer=false")
+    if with_optimizer and wanted.lora.rank and not written.lora.rank:
+        raise CheckpointError(f"{folder} has no adapters and this run has lora.rank={wanted.lora.rank}, so the optimizer's state does not fit; "
+                              "set checkpoint.load_optimizer=false")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -22,18 +22,25 @@ class OutputLayer(ColumnParallelLinear):
     It stays a module with a forward: megatron's DDP waits for gathered parameters when a module is called.
     """
 
-    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0, is_greedy=False):
+    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0, is_greedy=False, asked=None):
         """input_ [s, b, h], labels [b, s] -> log p(label) [b, s], fp32, or with is_greedy (without gradients) 1 where no token is more
-        probable than the label, else 0; without labels logits, as megatron's."""
+        probable than the label, else 0; without labels logits, as megatron's.
+
+        asked: int64 places in [s, b] that are wanted, counted through b first; all others get 0 and cost nothing.
+        """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        flat = hidden.reshape(-1, hidden.size(-1))
+        flat, targets = hidden.reshape(-1, hidden.size(-1)), labels.t().reshape(-1)
+        if asked is not None:
+            flat, targets = flat.index_select(0, asked), targets.index_select(0, asked)
         compute = is_most_probable if is_greedy else linear_log_probability
-        found = compute(flat, self.weight if weight is None else weight, labels.t().reshape(-1), num_real, self.tp_group)
+        found = compute(flat, self.weight if weight is None else weight, targets, num_real, self.tp_group)
+        if asked is not None:
+            found = found.new_zeros(labels.numel()).index_copy(0, asked, found)
         return found.view(hidden.size(0), hidden.size(1)).t()
 
 
@@ -104,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if p is not z:
                 z.copy_(p)
             torch.mm(z, weight, out=grad_hidden[rows])
-        return grad_hidden, logits.t() @ hidden, None, None, None
+        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _place(weight, labels, num_real: int, tp_group):

@@ -45,7 +45,8 @@ def layer_norms(model) -> dict[str, dict[str, float]]:
         for name, parameter in _own_parameters(bare(chunk)):
             where = 1 if ".experts." in name else 0, names.index(_place(name, bare(chunk)))
             squares[(0, *where)] += parameter.detach().double().square().sum()
-            squares[(1, *where)] += parameter.main_grad.double().square().sum()
+            if parameter.requires_grad:
+                squares[(1, *where)] += parameter.main_grad.double().square().sum()
     dense, experts = (part.contiguous() for part in squares.unbind(1))  # a collective does not write into a strided view
     dist.all_reduce(dense, group=mpu.get_model_parallel_group())
     dist.all_reduce(experts, group=mpu.get_expert_tensor_model_pipeline_parallel_group())

@@ -12,14 +12,15 @@ from megatron.core.transformer.module import MegatronModule
 
 
 def apply_rope(t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None):
-    """Stands for megatron's apply_rotary_pos_emb: t [s, b, heads, d] turned by freqs [s, 1, 1, r], r <= d (RoFormer, arXiv 2104.09864).
+    """Stands for megatron's apply_rotary_pos_emb: t [s, b, heads, d] turned by freqs [s, 1, 1, r], r <= d (RoFormer, arXiv 2104.09864),
+    the turned dims multiplied by mscale (engine/rope.py).
 
     The result lies in memory as [b, heads, s, d], which scaled_dot_product_attention reads fastest, and is a view [s, b, heads, d].
     """
-    if cu_seqlens is not None or mscale != 1.0 or config.rotary_interleaved or config.apply_rope_fusion:
+    if cu_seqlens is not None or config.rotary_interleaved or config.apply_rope_fusion:
         return megatron_rope(t, freqs, config, cu_seqlens=cu_seqlens, mscale=mscale, cp_group=cp_group)
     half = freqs[..., :freqs.size(-1) // 2]
-    cos, sin = half.cos().to(t.dtype), half.sin().to(t.dtype)
+    cos, sin = (half.cos() * mscale).to(t.dtype), (half.sin() * mscale).to(t.dtype)
     if torch.compiler.is_compiling():
         t1, t2, rest = t.split([half.size(-1), half.size(-1), t.size(-1) - freqs.size(-1)], dim=-1)
         return torch.cat([t1 * cos - t2 * sin, t2 * cos + t1 * sin, rest], dim=-1)
@@ -40,7 +41,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate(t, cos, sin, out, sign: int):
-    """Each pair (t1, t2) turned by the angle (sign 1) or back (sign -1)."""
+    """Each pair (t1, t2) turned by the angle (sign 1) or back (sign -1), and multiplied by what multiplies cos and sin."""
     r = cos.size(-1)
     t1, t2 = t[..., :r], t[..., r:2 * r]
     torch.mul(t1, cos, out=out[..., :r]).addcmul_(t2, sin, value=-sign)
@@ -102,5 +103,6 @@ class _RMSNorm(torch.autograd.Function):
         unit = torch.mul(x, rstd)  # x / rms, fp32
         scaled = torch.mul(grad, weight.float())
         along = torch.linalg.vecdot(scaled, unit).unsqueeze(-1).div_(x.size(-1))
-        grad_weight = torch.mul(grad, unit).view(-1, x.size(-1)).sum(0)
-        return scaled.addcmul_(unit, along, value=-1).mul_(rstd).to(x.dtype), grad_weight.to(weight.dtype), None
+        is_frozen = not ctx.needs_input_grad[1]
+        grad_weight = None if is_frozen else torch.mul(grad, unit).view(-1, x.size(-1)).sum(0).to(weight.dtype)
+        return scaled.addcmul_(unit, along, value=-1).mul_(rstd).to(x.dtype), grad_weight, None

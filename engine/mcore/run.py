@@ -163,8 +163,8 @@ class ParallelModel:
 
     @torch.no_grad()
     def score(self, micro_batches: list[dict]) -> list[torch.Tensor]:
-        """The output of each micro-batch, fp32 [b, s], on every rank of the replica: the log-probability of each label, or with the
-        scalar head one value per token. All micro-batches have one shape."""
+        """The output of each micro-batch, fp32 [b, s], on every rank of the replica: the log-probability of each label where loss_mask
+        is not 0, or with the scalar head one value per token. All micro-batches have one shape."""
         for chunk in self.chunks:
             chunk.eval()
         wanted = len(micro_batches)
@@ -218,13 +218,24 @@ class ParallelModel:
         )
 
     def _place(self, batch: dict) -> dict:
-        """The micro-batch on this rank's device."""
+        """The micro-batch on this rank's device, with the places whose log-probabilities the loss looks at (`asked`)."""
+        batch = {**batch, **self._asked(batch)}
         if self.on_te and "segment_ids" in batch:
             from engine.mcore.spec_te import document_bounds
 
             batch = {**batch, **document_bounds(batch["segment_ids"])}
         # max_document stays on the host: it is an argument of a kernel launch, not an operand.
         return {name: t if name == "max_document" else t.to(self.topology.device, non_blocking=True) for name, t in batch.items()}
+
+    def _asked(self, batch: dict) -> dict:
+        """Places of this cp rank where loss_mask is not 0, in the order of [s / cp, b]; nothing where all or hardly any less are.
+        Computed on the host, so that a device is not waited for."""
+        if self.run.model.head != "tokens":
+            return {}
+        t = self.topology
+        mask = masks.shard({"tokens": batch["tokens"], "mask": batch["loss_mask"]}, batch["tokens"].size(1), t.cp_rank, t.cp)["mask"]
+        asked = mask.t().reshape(-1).nonzero().view(-1)
+        return {"asked": asked} if len(asked) < 0.9 * mask.numel() else {}
 
     def _global_count(self, batches) -> torch.Tensor:
         count = sum(self.stage.count(self.role, batch) for batch in batches).float().reshape(1)
@@ -247,7 +258,9 @@ class ParallelModel:
         seq_len = full["tokens"].size(1)
         t = self.topology
         batch = masks.shard(full, seq_len, t.cp_rank, t.cp)
-        tune.add_noise(build.bare(chunk), full, self.run, t)
+        network = build.bare(chunk)
+        network.asked = full.get("asked")
+        tune.add_noise(network, full, self.run, t)
         output = chunk(
             batch["tokens"],
             batch["position_ids"],

@@ -5,20 +5,12 @@ The loss is the sum of -log p(label) over unmasked tokens; the engine divides it
 """
 
 from engine.data import text
-from engine.stage import Loss, Role
+from engine.stage import Loss, Stage
 
 
-class Pretrain:
-    roles = {"policy": Role()}
-
-    def configure(self, run):
-        return run
-
+class Pretrain(Stage):
     def datasets(self, run, num_train, num_valid):
         return text.datasets(run, num_train, num_valid)
-
-    def prepare(self, micro_batches, models):
-        yield micro_batches
 
     def count(self, role, batch):
         return batch["loss_mask"].sum()

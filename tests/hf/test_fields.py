@@ -40,19 +40,97 @@ def test_config_of_transformers_survives(model):
     assert {k: v for k, v in mine.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
 
 
-@pytest.mark.parametrize("kind", ["none", "linear", "llama3"])
-def test_rope_is_spelled_for_both_generations(kind):
-    scaling = dict(kind=kind, factor=3.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position=99)
+SCALINGS = [
+    dict(kind="none"),
+    dict(kind="linear", factor=3.0),
+    dict(kind="dynamic", factor=3.0, original_max_position=99),
+    dict(kind="yarn", factor=3.5, original_max_position=99),
+    dict(kind="yarn", factor=3.5, original_max_position=99, beta_fast=20.0, beta_slow=2.0, truncate=False, mscale=0.7, mscale_all_dim=1.3,
+         attention_factor=1.25),
+    dict(kind="longrope", factor=3.0, original_max_position=99, short_factor=[1.0 + i / 64 for i in range(64)], long_factor=[3.0] * 64),
+    dict(kind="longrope", factor=3.0, original_max_position=99, short_factor=[1.0] * 64, long_factor=[3.0] * 64, attention_factor=1.5),
+    dict(kind="llama3", factor=3.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position=99),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["kind"])
+def test_rope_is_spelled_for_both_generations(scaling):
     model = published("llama", "llama2_7b", rope_theta=7e4, rope_scaling=scaling)
     hf = llama.hf_config(model, 8)
     old, new = {k: v for k, v in hf.items() if k != "rope_parameters"}, dict(hf)
     del new["rope_theta"], new["rope_scaling"]
     for spelling in (old, new):
         back = read_model(spelling)
-        assert back.rope_theta == 7e4
-        assert back.rope_scaling.kind == kind and (kind == "none" or back.rope_scaling.factor == 3.0)
-        assert kind != "llama3" or back.rope_scaling == model.rope_scaling
+        assert back.rope_theta == 7e4 and back.rope_scaling == model.rope_scaling
     assert hf["torch_dtype"] == hf["dtype"]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["kind"])
+def test_transformers_takes_our_rope_without_a_complaint(scaling, caplog):
+    """Its angles are those of engine/rope.py at lengths below and above the original one, whichever spelling it reads."""
+    from logging import getLogger
+
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from engine.rope import inverse_frequencies
+
+    getLogger("transformers").propagate = True      # to caplog
+    model = published("llama", "llama2_7b", rope_theta=7e4, rope_scaling=scaling, max_position=297)
+    hf = llama.hf_config(model, 8)
+    old, new = {k: v for k, v in hf.items() if k != "rope_parameters"}, {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
+    for spelling in (old, new):
+        config = LlamaConfig(**{key: value for key, value in spelling.items() if key not in ("architectures", "model_type")})
+        for length in (50, 200):
+            cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
+            frequencies, factor = inverse_frequencies(7e4, 128, model.rope_scaling, length)
+            assert torch.allclose(cos[0, :, :64], (torch.arange(length)[:, None] * frequencies).cos() * factor, atol=1e-5)
+    wrong = [record.getMessage() for record in caplog.records if "Unrecognized keys" in record.getMessage() or "must" in record.getMessage()]
+    assert wrong == []
+
+
+def test_a_fixed_ntk_is_written_as_its_base_period():
+    model = published("llama", "llama2_7b", rope_theta=1e4, rope_scaling=dict(kind="ntk", factor=4.0))
+    hf = llama.hf_config(model, 8)
+    assert hf["rope_scaling"] is None and hf["rope_parameters"]["rope_type"] == "default"
+    assert hf["rope_theta"] == hf["rope_parameters"]["rope_theta"] == pytest.approx(1e4 * 4 ** (128 / 126))
+    back = read_model(hf)
+    assert back.rope_theta == hf["rope_theta"] and back.rope_scaling.kind == "none"
+
+
+def test_dynamic_is_written_with_its_original_length():
+    """transformers' dynamic stretches from max_position_embeddings on, whatever length the model was trained to since."""
+    model = published("llama", "llama2_7b", max_position=4096, rope_scaling=dict(kind="dynamic", factor=2.0, original_max_position=1024))
+    assert llama.hf_config(model, 8)["max_position_embeddings"] == 1024
+
+
+@pytest.mark.parametrize("hf, expected", [
+    (dict(rope_scaling=dict(type="yarn", factor=2)), dict(original_max_position=640, factor=2)),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=None, original_max_position_embeddings=64)), dict(original_max_position=64, factor=10)),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=2, original_max_position_embeddings=64), original_max_position_embeddings=160),
+     dict(original_max_position=160, factor=2)),
+    (dict(rope_parameters=dict(rope_type="longrope", short_factor=[1, 1], long_factor=[2, 3], original_max_position_embeddings=64)),
+     dict(original_max_position=64, factor=10, long_factor=[2.0, 3.0])),
+    (dict(rope_parameters=dict(rope_type="yarn", factor=2, mscale=None, attention_factor=None)), dict(mscale=0, attention_factor=0)),
+    (dict(rope_scaling=dict(rope_type="dynamic", factor=2)), dict(original_max_position=640)),
+])
+def test_what_a_config_leaves_out_is_completed_as_in_transformers(hf, expected):
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from engine.rope import inverse_frequencies
+
+    full = LLAMA | dict(max_position_embeddings=640, **hf)
+    model = read_model(full)
+    assert {key: getattr(model.rope_scaling, key) for key in expected} == expected
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters")
+    config = LlamaConfig(**{key: value for key, value in full.items() if key not in ("architectures", "rope_scaling", "rope_parameters")},
+                         rope_parameters=dict(rope) | ({"rope_type": rope["type"]} if "type" in rope else {}))
+    cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(700)[None])
+    frequencies, factor = inverse_frequencies(model.rope_theta, 4, model.rope_scaling, 700)
+    assert torch.allclose(cos[0, :, :2], (torch.arange(700)[:, None] * frequencies).cos() * factor, atol=1e-4)
 
 
 def test_defaults_are_those_of_transformers():
@@ -84,9 +162,17 @@ GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1
     (LLAMA | dict(num_attention_heads=3), "3 heads do not divide the hidden size 8"),
     (LLAMA | dict(num_key_value_heads=3), "3 key/value heads do not divide 2"),
     (LLAMA | dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    (LLAMA | dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "'yarn' is not supported"),
-    (LLAMA | dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic' is not supported"),
-    (LLAMA | dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "lacks low_freq_factor"),
+    (LLAMA | dict(rope_scaling=dict(rope_type="proportional")), "'proportional' is not supported .default, linear, dynamic,"),
+    (LLAMA | dict(rope_scaling=dict(type="ntk", factor=2.0)), "'ntk' is not supported"),
+    (LLAMA | dict(rope_scaling=dict(type="dynamic", factor=2.0)), "lacks max_position_embeddings"),
+    (LLAMA | dict(rope_scaling=dict(type="linear", factor="two")), "factor='two' is not a number"),
+    (LLAMA | dict(rope_scaling=dict(rope_type="yarn", factor=0.5, original_max_position_embeddings=8)), "rope_scaling.factor=0.5"),
+    (LLAMA | dict(rope_scaling=dict(rope_type="yarn", factor=2, beta_fast="x", original_max_position_embeddings=8)), "rope_scaling.beta_fast='x'"),
+    (LLAMA | dict(rope_scaling=dict(rope_type="llama3", factor=2.0, original_max_position_embeddings=8)), "lacks low_freq_factor"),
+    (LLAMA | dict(rope_scaling=dict(rope_type="longrope", factor=2.0, short_factor=[1, 1], original_max_position_embeddings=8)),
+     "longrope lacks long_factor"),
+    (LLAMA | dict(rope_scaling=dict(rope_type="longrope", factor=2.0, short_factor=[1, 1], long_factor=[1], original_max_position_embeddings=8)),
+     "longrope has 1 entries in long_factor, but a head has 2 pairs"),
     (LLAMA | dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     (MIXTRAL | dict(num_experts_per_tok=1), "num_experts_per_tok=1"),
     (MIXTRAL | dict(rope_parameters=[1]), "not a mapping"),

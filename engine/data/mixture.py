@@ -1,0 +1,164 @@
+"""Mixtures that change during a run: data.train, then data.phases, with data.replay beside each of them.
+
+    train = build_mixture(run.data, seq_len=4096, num_samples=100_000, seed=1234)     # len(), seq_len, gather(), counts()
+
+Sources are all corpora that any list names, each once, read in its own order; a change of weights neither repeats nor skips a
+sample of any of them. Sample i comes from the source that is furthest behind: greatest cumulated weight up to i, minus samples
+already drawn. With constant weights that is Megatron's blend bit for bit (engine/data/blend.py), sizes of the sources included.
+A list without weights counts each corpus by the samples of one pass over it; unlike in a plain blend it may repeat.
+
+Left out: mixtures that answer to the loss, and changes of the validation sets.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import _csrc
+from engine.data.blend import SURPLUS, Blend, count_sources, normalize, parse_blend
+from engine.data.indexed import DataError, IndexedCorpus
+from engine.data.pretraining import GPTSamples, split_documents
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the weights go. From sample firsts[s] up to firsts[s + 1] each source's weight goes linearly from weights[s, 0] to
+    weights[s, 1]; the last stretch is constant. firsts: int64 [stretches], from 0 upwards; weights: float64 [stretches, 2, sources]."""
+
+    firsts: np.ndarray
+    weights: np.ndarray
+
+    def draw(self, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source int16 [n], number of the sample within its source int64 [n])."""
+        return _csrc.mixture_indices(self.firsts, self.weights, num_samples)
+
+    def cumulated(self, num_samples: int) -> np.ndarray:
+        """The share of each source among the first num_samples, in samples; float64 [sources]."""
+        total = np.zeros(self.weights.shape[2])
+        for s, first in enumerate(self.firsts.tolist()):
+            length = self.firsts[s + 1] - first if s + 1 < self.firsts.size else math.inf
+            begin, end = self.weights[s]
+            t = max(0, min(num_samples - first, length))
+            total += begin * t + (end - begin) / (2 * length) * t * t
+        return total
+
+
+def course(mixtures: Sequence[tuple[int, int, Sequence[float]]]) -> Course:
+    """From (first sample, samples of the ramp towards it, weights that sum to 1), the first at sample 0 without a ramp.
+
+    Where nothing changes there is no new stretch, so that a mixture repeated in a phase draws the same samples as without it.
+    """
+    now = np.array(mixtures[0][2], dtype=np.float64)
+    firsts, weights = [0], [(now, now)]
+    for first, ramp, target in mixtures[1:]:
+        target = np.array(target, dtype=np.float64)
+        if np.array_equal(now, target):
+            continue
+        for begin, before in ((first, now), (first + ramp, target)) if ramp else ((first, target),):
+            if begin == firsts[-1]:  # the stretch before is empty
+                firsts.pop(), weights.pop()
+            firsts.append(begin)
+            weights.append((before, target))
+        now = target
+    return Course(np.array(firsts, dtype=np.int64), np.array(weights))
+
+
+class Mixture(Blend):
+    """Samples of several datasets of one seq_len in the order that Course.draw gave. Raises DataError when a dataset runs out."""
+
+    def __init__(self, datasets: Sequence[GPTSamples], dataset_index: np.ndarray, dataset_sample_index: np.ndarray) -> None:
+        self.datasets, self.seq_len = list(datasets), datasets[0].seq_len
+        self.dataset_index, self.dataset_sample_index = dataset_index, dataset_sample_index
+        for k, count in enumerate(self.counts(len(self)).tolist()):
+            if count > len(self.datasets[k]):
+                self._refuse(k, count)
+
+    def _refuse(self, k: int, count: int) -> None:
+        dataset = self.datasets[k]
+        at = int(np.flatnonzero((self.dataset_index == k) & (self.dataset_sample_index == len(dataset)))[0])
+        raise DataError(
+            f"{dataset.corpus.prefix} ({dataset.split_name}): its {len(dataset)} samples run out at sample {at} of the mixture, after "
+            f"{at * self.seq_len} tokens, and {count} are to be drawn of it; lower its weight or the number of steps, or allow several epochs"
+        )
+
+
+def build_mixture(
+    data,
+    seq_len: int,
+    num_samples: int,
+    seed: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Mixture:
+    """The training set that a configuration's `data` section describes: train, phases, replay, replay_share, split, one_epoch.
+
+    May come out a few samples longer than num_samples, as a weighted blend does.
+    Raises DataError: unreadable lists or corpora, a source without documents, and with one_epoch one that runs out, and when.
+    """
+    lists = [data.train, *(phase.train for phase in data.phases)]
+    prefixes = _union([*lists, *([data.replay] if data.replay else [])])
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    parts = [_documents(corpus, data.split) for corpus in corpora]
+    place = {_identity(prefix): k for k, prefix in enumerate(prefixes)}
+    weigh = lambda items: _weights(items, place, corpora, parts, seq_len)  # noqa: E731
+    replay = weigh(data.replay) if data.replay else None
+    mixed = [_with_replay(weigh(items), replay, data.replay_share) for items in lists]
+    path = course(list(zip(*_times(data.phases, seq_len), mixed)))
+
+    shares = [math.ceil(share) for share in path.cumulated(num_samples)]
+    index = path.draw(sum(shares))
+    # Beside Megatron's surplus, what is really drawn: changing weights leave a source further behind than constant ones do.
+    drawn = count_sources(index[0], len(corpora)).tolist()
+    wanted = [None if data.one_epoch else max(math.ceil(share * (1 + SURPLUS)), count) for share, count in zip(shares, drawn)]
+    datasets = [GPTSamples(*source, seq_len, seed, "train", cache_dir, data.one_epoch) for source in zip(corpora, parts, wanted)]
+    return Mixture(datasets, *index)
+
+
+def _union(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Every prefix once, in the order in which they are first named."""
+    named = {}
+    for items in lists:
+        for prefix in parse_blend(items)[0]:
+            named.setdefault(_identity(prefix), prefix)
+    return list(named.values())
+
+
+def _identity(prefix: str) -> str:
+    return os.path.realpath(prefix)
+
+
+def _documents(corpus: IndexedCorpus, split: str) -> np.ndarray:
+    documents = split_documents(len(corpus), split)[0] if split else range(len(corpus))
+    return np.arange(documents.start, documents.stop)
+
+
+def _weights(items: Sequence[str], place: dict[str, int], corpora: list[IndexedCorpus], parts: list[np.ndarray], seq_len: int) -> np.ndarray:
+    """One list as weights of all sources, float64 [sources]; a corpus that is named twice gets both weights."""
+    prefixes, weights = parse_blend(items)
+    sources = [place[_identity(prefix)] for prefix in prefixes]
+    if weights is None:
+        weights = [(_num_tokens(corpora[k], parts[k]) - 1) // seq_len for k in sources]
+        if sum(weights) <= 0:
+            raise DataError(f"the corpora {', '.join(prefixes)} hold no sample of {seq_len + 1} tokens; lower train.seq_len, or give weights")
+    total = np.zeros(len(corpora))
+    np.add.at(total, sources, normalize(weights))
+    return total
+
+
+def _num_tokens(corpus: IndexedCorpus, documents: np.ndarray) -> int:
+    return max(1, int(np.array(corpus.sequence_lengths)[documents].sum(dtype=np.int64)))
+
+
+def _with_replay(weights: np.ndarray, replay: np.ndarray | None, share: float) -> np.ndarray:
+    return weights if replay is None else (1 - share) * weights + share * replay
+
+
+def _times(phases, seq_len: int) -> tuple[list[int], list[int]]:
+    """First sample and samples of the ramp of each mixture; a change takes place at the first sample that begins after its token."""
+    first = [-(-phase.after_tokens // seq_len) for phase in phases]
+    last = [-(-(phase.after_tokens + phase.ramp_tokens) // seq_len) for phase in phases]
+    return [0, *first], [0, *(end - begin for begin, end in zip(first, last))]

@@ -18,7 +18,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
-              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _phases, _frozen_parts,
+              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _phases, _frozen_parts, _something_learns,
               _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
@@ -364,6 +364,12 @@ def _frozen_parts(run):
             ends = span.split("-")
             if not (1 <= len(ends) <= 2 and all(end.isdigit() for end in ends) and int(ends[0]) <= int(ends[-1]) < layers):
                 yield f"tune.freeze names {part}, but the model has layers 0 to {layers - 1}; write layers:0-{layers - 1} or layers:0"
+
+
+def _something_learns(run):
+    wanted = {"embedding", "layers", "norms"} | (set() if run.model.tie_embeddings else {"output"})
+    if wanted <= set(run.tune.freeze):
+        yield f"tune.freeze({', '.join(run.tune.freeze)}) leaves nothing that could learn; leave one of them out"
 
 
 def _phases(run):

@@ -24,6 +24,7 @@ from engine.mcore import build, checkpoint, observe, topology
 from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import NonFiniteGradient, ParallelModel
+from engine.stage import Role
 from engine.stages import build_stage
 
 
@@ -57,7 +58,7 @@ class Trainer:
         """The loop."""
         run, stage, place, log = self.run, self.stage, self.place, self.log
         log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
-        self.models = {name: ParallelModel(run, place, stage, name, role.train, role.head) for name, role in stage.roles.items()}
+        self.models = {name: self._network(name, role) for name, role in stage.roles.items()}
         self.trained = [model for name, model in self.models.items() if stage.roles[name].train]
         self.first = self.trained[0]  # what checkpoints hold
         self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
@@ -105,11 +106,27 @@ class Trainer:
 
     def frozen(self, role: str = "policy", run=None) -> ParallelModel:
         """A network of this run (or another) without gradients, with the weights that the role starts from."""
-        model = ParallelModel(run or self.run, self.place, self.stage, role, train=False)
+        model = self._network(role, Role(train=False), run)
         self._load_start(role, model, is_first=False, run=run)
         return model
 
     # --- the parts of the loop, in the order in which it calls them -----------------------------------------------------
+
+    def _network(self, name: str, role: Role, run=None) -> ParallelModel:
+        source = None if role.train else self._source(name, run or self.run)
+        adapters = checkpoint.read_config(source).lora if source else None
+        return ParallelModel(run or self.run, self.place, self.stage, name, role.train, role.head, adapters)
+
+    def _source(self, name: str, run) -> Path | None:
+        """The checkpoint folder that a role starts from; None for initial weights."""
+        source = run.checkpoint.roles.get(name) or run.checkpoint.load
+        if not source or name in self.stage.roles and self.stage.roles[name].init == "fresh":
+            return None
+        folder = checkpoint.find(source)
+        if folder is None:
+            key = f"checkpoint.roles.{name}" if name in run.checkpoint.roles else "checkpoint.load"
+            raise checkpoint.CheckpointError(f"{key}={source} holds no complete checkpoint (iter_*/metadata.json)")
+        return folder
 
     def _start(self) -> Position:
         """Give every role its weights. The first trained one, which checkpoints hold, resumes run.dir when that holds one; every other
@@ -136,19 +153,15 @@ class Trainer:
         return position
 
     def _load_start(self, name: str, model, is_first: bool, run=None) -> Position:
-        keys = (run or self.run).checkpoint
-        source = keys.roles.get(name) or keys.load
-        if self.stage.roles.get(name) and self.stage.roles[name].init == "fresh" or not source:
-            return Position()
-        folder = checkpoint.find(source)
+        run = run or self.run
+        folder = self._source(name, run)
         if folder is None:
-            key = f"checkpoint.roles.{name}" if name in keys.roles else "checkpoint.load"
-            raise checkpoint.CheckpointError(f"{key}={source} holds no complete checkpoint (iter_*/metadata.json)")
-        with_optimizer = keys.load_optimizer and is_first
+            return Position()
+        with_optimizer = run.checkpoint.load_optimizer and is_first
         position = checkpoint.load(model, folder, optimizer=with_optimizer)
         if self.log:
             self.log.note(f"{name}: loaded {folder}" + ("" if with_optimizer else ", weights only"))
-        return position if with_optimizer and keys.load_position else Position()
+        return position if with_optimizer and run.checkpoint.load_position else Position()
 
     def _loaders(self) -> tuple[Loader, dict[str, Loader]]:
         """The training loader, long enough for every planned step, and one per validation set."""

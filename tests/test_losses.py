@@ -184,7 +184,7 @@ def outcome(trainer, inputs):
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
-    return float(loss), float(torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm())
+    return float(loss.detach()), float(torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm())
 
 
 def example_rows(data):

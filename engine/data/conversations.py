@@ -267,7 +267,8 @@ def _tell(report: Report, policy: str) -> None:
     log.info(str(report))
     if report.too_long:
         log.warning(f"{report.too_long} of {report.conversations} conversations exceed train.seq_len; chat.too_long={policy}: "
-                    f"{report.dropped} dropped, {report.truncated} truncated, {report.truncated_to_nothing} left out because nothing to learn remained")
+                    f"{report.dropped} dropped, {report.truncated} truncated, "
+                    f"{report.truncated_to_nothing} left out because nothing to learn remained")
     if report.untrained:
         log.warning(f"{report.untrained} of {report.conversations} conversations left out: every turn of the assistant is switched off")
     if report.special_tokens_in_text:

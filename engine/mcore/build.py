@@ -151,7 +151,7 @@ def _experts(run, on_te: bool) -> dict:
         moe_aux_loss_coeff=coeff if with_loss else 0.0,
         moe_z_loss_coeff=moe.z_loss_coeff or None,
         moe_router_enable_expert_bias=moe.balance == "aux_free",
-        moe_router_bias_update_rate=0.0 if run.lora.rank else moe.bias_update_rate,  # adapters leave the base as it is
+        moe_router_bias_update_rate=0.0 if run.lora.rank or "router" in run.tune.freeze else moe.bias_update_rate,
         moe_router_score_function=moe.score,
         moe_router_pre_softmax=not moe.softmax_after_top_k and moe.score == "softmax",
         moe_router_topk_scaling_factor=moe.scaling_factor or None,
@@ -307,12 +307,16 @@ def _draw(shard: ShardedTensor, fill, seed: int) -> None:
     local.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, local.shape))])
 
 
-def for_role(run, train: bool, head: str):
-    """The run as one role of a stage sees it: its head, and no adapters where it does not learn."""
+def for_role(run, train: bool, head: str, adapters_of=None):
+    """The run as one role of a stage sees it: its head, and where it does not learn the adapters that its weights come with.
+
+    adapters_of: the Lora section of the checkpoint that a frozen role loads; None where there is none.
+    """
     update = {} if run.model.head == head else {"model": run.model.model_copy(update={"head": head})}
     if not train and run.lora.rank:
-        update["lora"] = run.lora.model_copy(update={"rank": 0})
         update["train"] = run.train.model_copy(update={"backend": "torch"})  # the backend of the adapted role: they are compared
+    if not train:
+        update["lora"] = adapters_of or type(run.lora)()
     return run.model_copy(update=update) if update else run
 
 

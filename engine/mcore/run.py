@@ -52,9 +52,9 @@ class NonFiniteGradient(ValueError):
 class ParallelModel:
     """One role of a stage, split over the ranks that `topology` describes."""
 
-    def __init__(self, run, topology, stage, role: str, train: bool = True, head: str = "tokens"):
-        """train: False builds no optimizer and no gradients. head: see stage.Role."""
-        run = build.for_role(run, train, head)
+    def __init__(self, run, topology, stage, role: str, train: bool = True, head: str = "tokens", adapters_of=None):
+        """train: False builds no optimizer and no gradients. head: see stage.Role. adapters_of: see build.for_role."""
+        run = build.for_role(run, train, head, adapters_of)
         self.run, self.topology, self.stage, self.role = run, topology, stage, role
         self.on_te = build.backend_of(run, topology.device) == "te"
         if self.on_te:

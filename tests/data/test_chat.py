@@ -185,7 +185,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last(spec
     ("{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
      "{% if add_generation_prompt %}assistant:{% else %}{{ eos_token }}{% endif %}", "otherwise when more messages follow"),
     ("{% if messages | length == 3 %}{{ raise_exception('three is odd') }}{% endif %}"
-     "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}", "cannot be found in the text.*three is odd"),
+     "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+     "{% if add_generation_prompt %}assistant:{% endif %}", "cannot be found in the text.*three is odd"),
     ("{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}<|im_end|>{% else %}<|im_end|>{% endif %}{% endfor %}", "writes a header"),
     ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "5 {% generation %} blocks for 2 turns"),
     ("{% for m in messages if m.role == 'assistant' %}{% set x %}{% generation %}{{ m.content }}{% endgeneration %}{% endset %}"

@@ -214,6 +214,8 @@ def trl_sft(grouping: str, checkpointing: bool = False):
 
 def _trl(trainer, micro_batches):
     """One optimizer step as Trainer's loop takes it, of the lists of examples that micro_batches(step) gives."""
+    if trainer.args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=trainer.args.activation_checkpointing_kwargs)
     trainer.model_wrapped = model = trainer.accelerator.prepare(trainer.model)
     optimizer = trainer.create_optimizer()
 

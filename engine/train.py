@@ -132,7 +132,7 @@ class Trainer:
         """Give every role its weights. The first trained one, which checkpoints hold, resumes run.dir when that holds one; every other
         role, and the first in a new run, starts from checkpoint.roles or checkpoint.load, or else from initial weights."""
         run = self.run
-        unknown = run.checkpoint.roles.keys() - self.stage.roles.keys()
+        unknown = run.checkpoint.roles.keys() - {*self.stage.roles, *type(self.stage).roles}
         if unknown:
             raise ValueError(f"checkpoint.roles names {', '.join(sorted(unknown))}, but stage {run.stage} has the roles {', '.join(self.stage.roles)}")
         own = checkpoint.find(Path(run.run.dir) / "checkpoints")

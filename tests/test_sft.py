@@ -121,3 +121,29 @@ def test_weighted_files(raw_sft, chats):
     train, _ = stage.datasets(run, 40, 0)
     assert [sum(source == k for source, _ in train.order.where(np.arange(40))) for k in (0, 1)] == [30, 10]
     assert len(train.batch(np.arange(8))["tokens"]) == 8
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_exact_matches_counts_conversations_whose_every_label_is_hit(packed):
+    import torch
+
+    from engine.stages.sft import exact_matches
+
+    mask = torch.tensor([[0, 1, 1, 0, 1, 0.], [0, 0, 1, 1, 0, 0.]])
+    batch = {"tokens": torch.zeros(2, 6, dtype=torch.long), "loss_mask": mask}
+    if packed:  # row 0: conversations 0 0 0 | 1 1 and padding 2; row 1: one conversation and padding
+        batch["segment_ids"] = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    everything = torch.ones(2, 6, dtype=torch.bool)
+    assert exact_matches(everything, batch) == ((3, 3) if packed else (2, 2))
+    missed = everything.clone()
+    missed[0, 2] = missed[0, 3] = missed[1, 0] = False  # one trained label and two that nobody asks for
+    assert exact_matches(missed, batch) == ((2, 3) if packed else (1, 2))
+
+
+def test_exact_match_is_validated_and_rises(raw_sft):
+    from engine.log import read_metrics
+
+    on_ranks(1, merged(raw_sft, {"chat": {"exact_match": True}, "train": {"eval_samples": 8, "eval_at_start": True},
+                                 "data": {"valid": {"seen": raw_sft["data"]["train"]}}}))
+    before, *_, after = read_metrics(raw_sft["run"]["dir"], "seen")
+    assert before["step"] == 0 and before["exact_match"] == 0.0 and after["exact_match"] > 0.5

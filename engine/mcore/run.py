@@ -284,18 +284,18 @@ class ParallelModel:
         return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=output.device), report
 
     def _collect(self, batch, output):
-        whole = self._whole(output).contiguous()
+        whole = self._whole(output)
         return whole.sum(), torch.zeros([], dtype=torch.int, device=output.device), whole
 
     def _whole(self, output) -> torch.Tensor:
         """Output [b, s / cp] of this cp rank -> fp32 [b, s]. Differentiable: every cp rank computes the whole loss, and backward
         keeps this rank's slice."""
-        output = output.float()
+        output = output.float().contiguous()  # so that a stage sums it in the same order as what `score` gave
         if self.topology.cp == 1:
             return output
         gathered = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
                                                         group=mpu.get_context_parallel_group())
-        return masks.unshard(gathered.transpose(0, 1), self.topology.cp)
+        return masks.unshard(gathered.transpose(0, 1), self.topology.cp).contiguous()
 
     # --- reporting --------------------------------------------------------------------------------------------------
 

@@ -142,6 +142,8 @@ class Dpo(Stage):
             return {**metrics, "kl": (batch["z"].sum(), self.count("policy", batch))}
         r_c, r_r = losses.pairs(r)
         num_pairs = self.count("policy", batch)
+        l_c, l_r = losses.pairs(l)
+        metrics["logps/accuracy"] = ((l_c > l_r).float().sum(), num_pairs)
         return {**metrics, "rewards/accuracy": ((r_c > r_r).float().sum(), num_pairs), "rewards/margin": ((r_c - r_r).sum(), num_pairs)}
 
 

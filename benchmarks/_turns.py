@@ -86,7 +86,7 @@ def take_turns(contestants: Mapping[str, tuple], arguments: argparse.Namespace, 
 
 
 def _serve(function, kwargs: dict, threads: int, keep_memory: bool, pipe) -> None:
-    """Build a contestant and warm it up, then take one step for every number received and answer with its seconds by the wall clock and of CPU time."""
+    """Build a contestant and warm it up, then take one step for every number received and answer with its seconds, wall and CPU."""
     os.environ.update(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE", KMP_BLOCKTIME="0", TORCHINDUCTOR_COMPILE_THREADS="1")
     import warnings
 

@@ -178,8 +178,8 @@ def trl_dpo(num_prompt: int, checkpointing: bool = False, precompute: bool = Fal
     ids = pair_ids(num_prompt).tolist()
     examples = [{"prompt_ids": chosen[:num_prompt], "chosen_ids": chosen[num_prompt:], "rejected_ids": rejected[num_prompt:]}
                 for chosen, rejected in ids]
-    trainer = Prepared(_hf(), None if precompute else _hf(), DPOConfig(**_arguments(checkpointing), beta=DPO_BETA, precompute_ref_log_probs=precompute),
-                       train_dataset=_dataset(examples), processing_class=_tokenizer())
+    arguments = DPOConfig(**_arguments(checkpointing), beta=DPO_BETA, precompute_ref_log_probs=precompute)
+    trainer = Prepared(_hf(), None if precompute else _hf(), arguments, train_dataset=_dataset(examples), processing_class=_tokenizer())
     return _trl(trainer, lambda i: [[trainer.train_dataset[k] for k in pairs_of_step(i)]])
 
 
@@ -328,14 +328,11 @@ def _is_ours(name: str) -> bool:
 
 def disagreements(losses: dict[str, list[float]]) -> int:
     """The number of contestants of a case whose losses are not those of the first; each is named."""
-    found = 0
-    for name, own in losses.items():
-        first = next(iter(losses))
-        worst = max(abs(a / b - 1) for a, b in zip(own, losses[first]))
-        if not worst <= AGREEMENT:
-            found += 1
-            print(f"{name}: its losses differ from those of {first} by {worst:.1e} of them, more than {AGREEMENT:.0e}: they do not compute the same")
-    return found
+    first, *others = losses
+    found = [name for name in others if not all(abs(a / b - 1) <= AGREEMENT for a, b in zip(losses[name], losses[first]))]
+    for name in found:
+        print(f"{name}: its losses {losses[name]} are not those of {first}, {losses[first]}, within {AGREEMENT:g} of them: they compute something else")
+    return len(found)
 
 
 if __name__ == "__main__":

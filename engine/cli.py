@@ -24,24 +24,34 @@ def main(doc: str, stages) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
+
+    def train(run):
+        from engine.train import train
+
+        train(run)
+
+    return guarded(args.config, args.overrides, train, stages)
+
+
+def guarded(config: str, overrides: list[str], act, stages=STAGES, instead: dict | None = None) -> int:
+    """act(run) for the RunConfig of a file and overrides (see load_config). Returns the exit code; mistakes are told, not raised."""
     from engine.config import ConfigError, load_config
 
     try:
-        run = load_config(args.config, args.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        run = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)), instead=instead)
     except ConfigError as error:
-        return _say(f"{args.config}: {len(error.problems)} mistake{'s' * (len(error.problems) > 1)} in the configuration\n{error}", USAGE)
+        return _say(f"{config}: {len(error.problems)} mistake{'s' * (len(error.problems) > 1)} in the configuration\n{error}", USAGE)
     if run.stage in STAGES and run.stage not in stages:
         command = "launch/align.py" if run.stage in ALIGN else "launch/pretrain.py"
         return _say(f"stage={run.stage} is run by {command}; this command runs {', '.join(stages)}", USAGE)
-    return _train(run)
+    return _acted(act, run)
 
 
-def _train(run) -> int:
+def _acted(act, run) -> int:
     from engine.mcore import topology
-    from engine.train import train
 
     try:
-        train(run)
+        act(run)
     except (ValueError, OSError) as error:  # what a person must mend; anything else is ours and keeps its traceback
         return _say(f"error: {error}", ERROR)
     except RuntimeError as error:

@@ -387,13 +387,13 @@ class RunConfig(Section):
     log: Log = Log()
 
 
-def load_config(path: str | Path, overrides: list[str] = (), world_size: int | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] = (), world_size: int | None = None, instead: dict[str, Any] | None = None) -> RunConfig:
     """Read `path`, apply `key=value` overrides, validate.
 
-    world_size: number of ranks when known (torchrun's WORLD_SIZE); None skips the checks that need it.
+    instead: top-level keys that stand for the file's, below the overrides. world_size: number of ranks when known (torchrun's WORLD_SIZE); None skips the checks that need it.
     Raises ConfigError with every mistake found.
     """
-    raw = _read(Path(path), overrides)
+    raw = _read(Path(path), overrides, instead)
     return validate(raw, world_size)
 
 
@@ -430,7 +430,7 @@ def nearest(word: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _read(path: Path, overrides) -> dict[str, Any]:
+def _read(path: Path, overrides, instead: dict[str, Any] | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError([f"no configuration file at {path}"])
     changes = _parsed(overrides)
@@ -438,6 +438,8 @@ def _read(path: Path, overrides) -> dict[str, Any]:
         file = OmegaConf.load(path)
         if not OmegaConf.is_dict(file):
             raise ConfigError([f"{path} holds no mapping of sections; see examples/quickstart/pretrain.yaml"])
+        for key, value in (instead or {}).items():
+            file[key] = value
         merged = OmegaConf.merge(file, changes)
         return OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:

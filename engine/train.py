@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ class Trainer:
 
     def frozen(self, role: str = "policy", run=None) -> ParallelModel:
         """A network of this run (or another) without gradients, with the weights that the role starts from."""
-        model = self._network(role, Role(train=False), run)
+        model = self._network(role, replace(self.stage.roles.get(role, Role()), train=False), run)
         self._load_start(role, model, is_first=False, run=run)
         return model
 

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "engine.hf": {"engine.hf"},
     "engine.mcore": {"engine.mcore"},
     "engine.train": {"engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics"},
+    "engine.score": {"engine.train", "engine.data", "engine.mcore", "engine.losses", "data_tools"},
     "engine.cli": {"engine.train", "engine.mcore", "engine.stages"},
     "data_tools": {"data_tools", "engine.data"},
     "launch": {"engine", "data_tools"},

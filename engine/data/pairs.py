@@ -46,7 +46,7 @@ class Pairs:
         the last token; margins float32 [2b], equal in both rows; row int64 [2b]; with references also reference_logps float32 [2b]."""
         where = self.order.where(sample_numbers)
         rows = [(source, 2 * pair + k) for source, pair in where for k in (0, 1)]
-        batch = _filled([_sequence(self.sources[source], row) for source, row in rows], self.seq_len)
+        batch = filled([_sequence(self.sources[source], row) for source, row in rows], self.seq_len)
         batch["margins"] = torch.tensor([self.margins[source][pair] for source, pair in where], dtype=torch.float32).repeat_interleave(2)
         # A number for every row that a run reads: noise of the embedding is drawn from it.
         batch["row"] = torch.tensor(np.asarray(sample_numbers)[:, None] * 2 + [0, 1], dtype=torch.int64).flatten()
@@ -94,8 +94,8 @@ class Answers:
         """As Pairs.batch with one row per sample and no margins; is_desirable bool [b]; kl_tokens, kl_labels, kl_loss_mask [b, s]: the
         prompt with another sample's answer."""
         where = self.order.where(sample_numbers)
-        batch = _filled([_sequence(self.sources[source], row) for source, row in where], self.seq_len)
-        mismatched = _filled(self._mismatched(sample_numbers), self.seq_len)
+        batch = filled([_sequence(self.sources[source], row) for source, row in where], self.seq_len)
+        mismatched = filled(self._mismatched(sample_numbers), self.seq_len)
         return {**batch, **{f"kl_{name}": mismatched[name] for name in ("tokens", "labels", "loss_mask")},
                 "is_desirable": torch.tensor([bool(self.sources[source].is_desirable[row]) for source, row in where]),
                 "row": torch.tensor(sample_numbers, dtype=torch.int64)}
@@ -155,7 +155,7 @@ def _sequence(source: Preferences, row: int) -> tuple[np.ndarray, np.ndarray]:
     return source.tokens.get(row), source.masks.get(row)
 
 
-def _filled(sequences: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Batch:
+def filled(sequences: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Batch:
     """(ids, mask of the tokens that count) of each row -> padded tensors; the mask moves to the label's place."""
     shape = len(sequences), seq_len
     tokens, labels, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)

@@ -304,8 +304,9 @@ def main() -> int:
         for case in dict.fromkeys(map(_turns.group, contestants)):  # one at a time, for memory's sake
             own = {name: value for name, value in contestants.items() if _turns.group(name) == case}
             turns = _turns.take_turns(own, arguments, lambda losses: "losses " + ", ".join(f"{x:.5f}" for x in losses))
-            report(turns)
-            num_wrong += disagreements({name: found.answers for name, found in turns.items()})
+            if turns:
+                report(turns)
+                num_wrong += disagreements({name: found.answers for name, found in turns.items()})
     return min(num_wrong, 1)
 
 
@@ -331,7 +332,7 @@ def disagreements(losses: dict[str, list[float]]) -> int:
     first, *others = losses
     found = [name for name in others if not all(abs(a / b - 1) <= AGREEMENT for a, b in zip(losses[name], losses[first]))]
     for name in found:
-        print(f"{name}: its losses {losses[name]} are not those of {first}, {losses[first]}, within {AGREEMENT:g} of them: they compute something else")
+        print(f"{name}: its losses {losses[name]} are not those of {first}, {losses[first]} (limit {AGREEMENT:g}): they compute something else")
     return len(found)
 
 

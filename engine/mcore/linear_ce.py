@@ -50,7 +50,7 @@ def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None) -
     hidden [tokens, h]; weight [ids of this tp rank, h], ranks holding consecutive ids; labels int64 [tokens]. Returns fp32 [tokens].
     The gradient of hidden is this rank's share: the caller sums it over tp.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group, torch.is_grad_enabled())
 
 
 def linear_log_probability(*args) -> torch.Tensor:
@@ -76,13 +76,17 @@ def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> to
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, num_real, tp_group):
+    def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward):
         tp = tp_group.size() if tp_group is not None else 1
         local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
-        logits = hidden.new_empty(hidden.size(0), weight.size(0))
+        chunks = list(_chunks(hidden.size(0), weight))
+        # Without a backward pass one chunk's logits are enough, written over and over where they are in cache.
+        num_kept = hidden.size(0) if has_backward else min(chunks[0].stop, hidden.size(0)) if chunks else 0
+        logits = hidden.new_empty(num_kept, weight.size(0))
         lse, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        for rows in _chunks(len(logits), weight):
-            z = torch.mm(hidden[rows], weight.t(), out=logits[rows])
+        for rows in chunks:
+            h = hidden[rows]
+            z = torch.mm(h, weight.t(), out=logits[rows] if has_backward else logits[:len(h)])
             z[:, first_padding:] = float("-inf")
             picked[rows] = z.gather(1, local[rows, None])[:, 0].float()
             top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # a rank of nothing but padding has no finite logit
@@ -111,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if p is not z:
                 z.copy_(p)
             torch.mm(z, weight, out=grad_hidden[rows])
-        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None
+        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 def _place(weight, labels, num_real: int, tp_group):

@@ -76,6 +76,10 @@ class Stage:
     roles: Mapping[str, Role] = {"policy": Role()}
     """Read after `configure`, which may set it. The first trained role is what checkpoints of this stage hold."""
 
+    has_pairs: bool = False
+    """Rows 2i and 2i + 1 may begin alike, and `ends` [b] says where each row's last token is: the engine then computes what they share
+    once. Outputs at places behind `ends` mean nothing."""
+
     def configure(self, run):
         """The RunConfig this stage really runs with; called on every rank before anything is built."""
         return run

@@ -101,8 +101,7 @@ class Trainer:
     def loader(self, dataset) -> Loader:
         """This replica's micro-batches of a dataset."""
         run, place = self.run, self.place
-        multiple = max(2 * place.cp if place.cp > 1 else 1, 8) * (place.tp if run.parallel.sequence_parallel else 1)
-        return Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, multiple)
+        return Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, place.sequence_multiple(run))
 
     def frozen(self, role: str = "policy", run=None) -> ParallelModel:
         """A network of this run (or another) without gradients, with the weights that the role starts from."""

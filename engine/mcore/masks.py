@@ -39,10 +39,10 @@ def unshard(gathered: torch.Tensor, cp: int) -> torch.Tensor:
     return gathered.index_select(1, torch.argsort(order))
 
 
-def document_mask(segment_ids: torch.Tensor | None, seq_len: int, cp_rank: int, cp: int, device) -> torch.Tensor | None:
+def document_mask(segment_ids: torch.Tensor | None, seq_len: int, cp_rank: int, cp: int, device, has_trunk: bool = False) -> torch.Tensor | None:
     """bool mask, True where a query of this cp rank may look at a key: causal, and within one document if segment_ids is given.
 
-    segment_ids: [b, seq_len] running document number, or None for no documents. Returns None when plain causal attention
+    segment_ids: [b, seq_len] running document number, or None for no documents. has_trunk: document 0 is seen by all others. Returns None when plain causal attention
     says the same, else [b or 1, 1, seq_len / cp, seq_len].
     """
     if segment_ids is None and cp == 1:
@@ -50,7 +50,9 @@ def document_mask(segment_ids: torch.Tensor | None, seq_len: int, cp_rank: int, 
     rows, columns = local_positions(seq_len, cp_rank, cp, device), gathered_positions(seq_len, cp, device)
     mask = (rows[:, None] >= columns[None, :])[None]
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, rows, None] == segment_ids[:, None, columns])
+        keys = segment_ids[:, None, columns]
+        is_visible = segment_ids[:, rows, None] == keys
+        mask = mask & (is_visible | (keys == 0) if has_trunk else is_visible)
     return mask[:, None]
 
 

@@ -36,6 +36,14 @@ class Rotary(RotaryEmbedding):
     def __init__(self, model, cp_group):
         super().__init__(model.head_size, model.rope_percent, rotary_base=model.rope_theta, cp_group=cp_group)
         self.theta, self.scaling = model.rope_theta, model.rope_scaling
+        self.positions = None  # int64 [b, s / cp] of the micro-batch at hand, where they are not the places
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> torch.Tensor:
+        """Angles [s, 1, 1, d] as megatron's, or [s, b, 1, d] of `positions`."""
+        if self.positions is None:
+            return super().forward(max_seq_len, offset, packed_seq, cp_group)
+        angles = self.get_freqs_non_repeated(max_seq_len)
+        return torch.cat([angles, angles], -1)[self.positions].transpose(0, 1)[:, :, None]
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         """[max_seq_len, d / 2]: position * frequency, from position `offset` on."""

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from engine.mcore import build, masks, tune
+from engine.mcore import build, masks, shared, tune
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class ParallelModel:
         self.chunks = build.build_model(run, topology.device, train)
         self.config = self.chunks[0].config  # the one the schedules read
         self.optimizer = build.build_optimizer(run, self.chunks) if train else None
+        self.shares_beginnings = getattr(stage, "has_pairs", False) and shared.is_possible(run, self.on_te)
         self.pull = tune.PullToStart(run.tune.l2_to_init) if train and run.tune.l2_to_init else None
         self._forward_backward = get_forward_backward_func()
         self._metric_names: list[str] | None = None
@@ -170,7 +171,7 @@ class ParallelModel:
         wanted = len(micro_batches)
         if self.run.parallel.vpp > 1:  # the interleaved schedule runs whole rounds of pp micro-batches
             micro_batches = micro_batches + [micro_batches[-1]] * (-wanted % self.topology.pp)
-        outputs = self._pass([self._place(batch) for batch in micro_batches], self._collect, forward_only=True)
+        outputs = self._pass(self._fed(micro_batches), self._collect, forward_only=True)
         if self.topology.pp == 1:
             return outputs[:wanted]
         shape = (wanted, *micro_batches[0]["tokens"].shape)
@@ -198,8 +199,8 @@ class ParallelModel:
     # --- one pass through the schedule ------------------------------------------------------------------------------
 
     def _run(self, micro_batches: list[dict], forward_only: bool) -> Result:
-        batches = [self._place(batch) for batch in micro_batches]
-        count = self._global_count(batches)
+        count = self._global_count(micro_batches)
+        batches = self._fed(micro_batches)
         self._aux_divisor = self._tokens_for_aux(batches)
         self.num_microbatches = len(batches)
         return self._reduce(self._pass(batches, partial(self._loss, count=count), forward_only), count)
@@ -217,13 +218,29 @@ class ParallelModel:
             forward_only=forward_only,
         )
 
+    def _fed(self, micro_batches: list[dict]) -> list[dict]:
+        """What the network is fed with, on this rank's device: the micro-batches, pairs merged where that saves work."""
+        if self.shares_beginnings:
+            rows, seq_len = micro_batches[0]["tokens"].shape
+            width = torch.tensor(max(shared.width(batch) for batch in micro_batches), device=self.topology.device)
+            dist.all_reduce(width, op=dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())  # one shape, and one decision, for all replicas
+            multiple = self.topology.sequence_multiple(self.run)
+            width = -(-int(width) // multiple) * multiple
+            if width <= shared.WORTH * 2 * seq_len:
+                micro_batches = [shared.merge(batch, width) for batch in micro_batches]
+        return [self._place(batch) for batch in micro_batches]
+
     def _place(self, batch: dict) -> dict:
         """The micro-batch on this rank's device, with the places whose log-probabilities the loss looks at (`asked`)."""
+        of = {"of": self._moved(batch["of"])} if "of" in batch else {}
         batch = {**batch, **self._asked(batch)}
         if self.on_te and "segment_ids" in batch:
             from engine.mcore.spec_te import document_bounds
 
             batch = {**batch, **document_bounds(batch["segment_ids"])}
+        return self._moved({name: t for name, t in batch.items() if name != "of"}) | of
+
+    def _moved(self, batch: dict) -> dict:
         # max_document stays on the host: it is an argument of a kernel launch, not an operand.
         return {name: t if name == "max_document" else t.to(self.topology.device, non_blocking=True) for name, t in batch.items()}
 
@@ -239,6 +256,7 @@ class ParallelModel:
 
     def _global_count(self, batches) -> torch.Tensor:
         count = sum(self.stage.count(self.role, batch) for batch in batches).float().reshape(1)
+        count = count.to(self.topology.device)
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
         return count
 
@@ -257,9 +275,11 @@ class ParallelModel:
         full = next(data_iterator)
         seq_len = full["tokens"].size(1)
         t = self.topology
-        batch = masks.shard(full, seq_len, t.cp_rank, t.cp)
+        batch = masks.shard({name: full[name] for name in ("tokens", "labels", "position_ids")}, seq_len, t.cp_rank, t.cp)
         network = build.bare(chunk)
         network.asked = full.get("asked")
+        if "of" in full and network.position_embedding_type == "rope":
+            network.rotary_pos_emb.positions = batch["position_ids"]
         tune.add_noise(network, full, self.run, t)
         output = chunk(
             batch["tokens"],
@@ -267,6 +287,8 @@ class ParallelModel:
             labels=batch["labels"],
             **self._attention(full, seq_len),
         )
+        if "of" in full and network.position_embedding_type == "rope":
+            network.rotary_pos_emb.positions = None
         return output, partial(on_output, full)
 
     def _attention(self, full, seq_len) -> dict:
@@ -275,27 +297,28 @@ class ParallelModel:
 
             return attention_inputs(full)
         t = self.topology
-        return dict(attention_mask=masks.document_mask(full.get("segment_ids"), seq_len, t.cp_rank, t.cp, full["tokens"].device))
+        return dict(attention_mask=masks.document_mask(full.get("segment_ids"), seq_len, t.cp_rank, t.cp, full["tokens"].device,
+                                                        has_trunk="of" in full))
 
     def _loss(self, batch, output, count):
         """Output [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
-        loss = self.stage.loss(self.role, self._whole(output), batch)
+        loss = self.stage.loss(self.role, self._whole(output, batch), batch.get("of", batch))
         report = {"loss": (loss.sum.detach().clone(), torch.zeros_like(count)), **loss.metrics}  # clone: the schedule divides in place
         return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=output.device), report
 
     def _collect(self, batch, output):
-        whole = self._whole(output)
+        whole = self._whole(output, batch)
         return whole.sum(), torch.zeros([], dtype=torch.int, device=output.device), whole
 
-    def _whole(self, output) -> torch.Tensor:
-        """Output [b, s / cp] of this cp rank -> fp32 [b, s]. Differentiable: every cp rank computes the whole loss, and backward
-        keeps this rank's slice."""
-        output = output.float().contiguous()  # so that a stage sums it in the same order as what `score` gave
-        if self.topology.cp == 1:
-            return output
-        gathered = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
-                                                        group=mpu.get_context_parallel_group())
-        return masks.unshard(gathered.transpose(0, 1), self.topology.cp).contiguous()
+    def _whole(self, output, batch) -> torch.Tensor:
+        """Output [b, s / cp] of this cp rank -> fp32 [b, s], of the rows that the stage gave. Differentiable: every cp rank computes the
+        whole loss, and backward keeps this rank's slice. Contiguous, so that a stage sums it in the same order as what `score` gave."""
+        output = output.float()
+        if self.topology.cp > 1:
+            gathered = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), tensor_parallel_output_grad=False,
+                                                            group=mpu.get_context_parallel_group())
+            output = masks.unshard(gathered.transpose(0, 1), self.topology.cp)
+        return (shared.unfold(output, batch) if "of" in batch else output).contiguous()
 
     # --- reporting --------------------------------------------------------------------------------------------------
 

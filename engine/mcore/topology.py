@@ -9,6 +9,7 @@ Left out: which layouts are legal; engine/checks.py refuses the others before an
 
 import datetime
 import gc
+import math
 import os
 import random
 import sys
@@ -36,6 +37,10 @@ class Topology:
     pp_rank: int
     cp_rank: int
     dp_rank: int
+
+    def sequence_multiple(self, run) -> int:
+        """What the length of a sequence must divide by, so that this layout can split it (and 8, which suits the kernels)."""
+        return math.lcm(8, 2 * self.cp) * (self.tp if run.parallel.sequence_parallel else 1)
 
     def __str__(self) -> str:
         experts = f"-EP({self.ep})-ETP({self.etp})" if self.ep > 1 or self.etp != self.tp else ""

@@ -46,7 +46,7 @@ class Dpo(Stage):
             raise ConfigError(problems)
         self.options = run.dpo
         self.has_reference = run.dpo.loss not in WITHOUT_REFERENCE
-        self.is_paired = run.dpo.loss != "kto"
+        self.has_pairs = run.dpo.loss != "kto"
         self.has_nll = run.dpo.nll_weight > 0 or run.dpo.loss == "orpo"
         self.roles = {"policy": Role()}
         if self.has_reference and run.dpo.reference == "role":
@@ -54,7 +54,7 @@ class Dpo(Stage):
         return conversations.configured(run)
 
     def datasets(self, run, num_train, num_valid):
-        return pairs.datasets(run, num_train, num_valid, self.is_paired, "scores" if run.dpo.loss in OF_SCORES else "")
+        return pairs.datasets(run, num_train, num_valid, self.has_pairs, "scores" if run.dpo.loss in OF_SCORES else "")
 
     def begin(self, run, trainer, datasets):
         if self.has_reference and "reference" not in self.roles:
@@ -67,7 +67,7 @@ class Dpo(Stage):
         if "reference" in models:
             for new, logps in zip(added, _scores(models["reference"], micro_batches)):
                 new["reference_logps"] = logps
-        if not self.is_paired:
+        if not self.has_pairs:
             z = self._reference_point(micro_batches, models)
             for new, batch in zip(added, micro_batches):
                 new["z"] = z.expand(len(batch["tokens"]))
@@ -96,7 +96,7 @@ class Dpo(Stage):
 
     def count(self, role, batch):
         """Pairs; kto: rows."""
-        return torch.tensor(len(batch["ends"]) / (2 if self.is_paired else 1), device=batch["ends"].device)
+        return torch.tensor(len(batch["ends"]) / (2 if self.has_pairs else 1), device=batch["ends"].device)
 
     def loss(self, role, output, batch):
         """output: log p(label) [2n, s]."""
@@ -131,14 +131,14 @@ class Dpo(Stage):
 
     def _is_chosen(self, batch):
         """bool [2n]: rows of preferred answers."""
-        return torch.arange(len(batch["ends"]), device=batch["ends"].device) % 2 == 0 if self.is_paired else batch["is_desirable"]
+        return torch.arange(len(batch["ends"]), device=batch["ends"].device) % 2 == 0 if self.has_pairs else batch["is_desirable"]
 
     def _metrics(self, l, r, batch):  # noqa: E741
         """l: log-probabilities, r: implicit rewards, [2n]."""
         is_chosen = self._is_chosen(batch)
         metrics = {f"{what}/{name}": (x[rows].sum(), rows.sum())
                    for what, x in (("rewards", r), ("logps", l)) for name, rows in (("chosen", is_chosen), ("rejected", ~is_chosen))}
-        if not self.is_paired:
+        if not self.has_pairs:
             return {**metrics, "kl": (batch["z"].sum(), self.count("policy", batch))}
         r_c, r_r = losses.pairs(r)
         num_pairs = self.count("policy", batch)

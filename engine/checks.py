@@ -313,7 +313,7 @@ def _rates(run):
     schedule = run.schedule
     if schedule.warmup_steps and schedule.init_lr > run.optim.lr:
         yield f"schedule.init_lr({schedule.init_lr}) exceeds optim.lr({run.optim.lr}), so the warm-up would fall; lower init_lr"
-    if schedule.min_lr > run.optim.lr:
+    if schedule.min_lr > run.optim.lr and run.stage != "anneal":  # which takes its rate from the checkpoint, and checks it
         yield f"schedule.min_lr({schedule.min_lr}) exceeds optim.lr({run.optim.lr}); lower it"
 
 

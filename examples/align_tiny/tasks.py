@@ -16,7 +16,7 @@ from pathlib import Path
 import reasoning_gym
 
 LINES_PER_DOCUMENT = 12
-SIZES = {"text": 9000, "chat": 4000, "chat_held": 256, "pairs": 3000, "pairs_held": 256}
+SIZES = {"text": 9000, "chat": 4000, "chat_held": 256, "pairs": 8000, "pairs_held": 256}
 
 
 def sums(count: int, seed: int) -> list[tuple[str, str, str]]:

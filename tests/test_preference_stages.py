@@ -214,3 +214,16 @@ def test_a_reward_model_learns_through_the_loop(raw_run):
 
     steps, _ = steps_and_validation(on_ranks(1, {**raw_run, "stage": "reward"}))
     assert np.mean([step["loss"] for step in steps[-4:]]) < 0.3 and steps[-1]["accuracy"] > 0.9, steps
+
+
+def test_the_reference_of_an_adapted_policy(raw_run, tmp_path):
+    """Adapters from scratch: the reference is the model without them. Adapters that go on: it has those that were loaded. Either way
+    policy and reference begin equal, and the first loss is ln 2."""
+    from training import merged, on_ranks
+
+    raw_run = merged(raw_run, {"stage": "dpo", "lora": {"rank": 4}})
+    first = on_ranks(1, raw_run)
+    assert first[0]["loss"] == float(np.float32(np.log(2))) and first[-1]["loss"] < 0.65
+    then = on_ranks(1, merged(raw_run, {"run": {"dir": str(tmp_path / "then")}, "checkpoint": {"load": raw_run["run"]["dir"], "load_optimizer": False}}))
+    assert then[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert then[0]["logps/rejected"] < first[0]["logps/rejected"]

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "engine.losses": set(),
     "engine.data": {"engine.data", "engine._csrc", "data_tools"},
     "engine.stages": {"engine.stages", "engine.data", "engine.losses", "engine.schedule"},
-    "engine.hf": {"engine.hf"},
+    "engine.hf": {"engine.hf", "engine.data.chat"},
     "engine.mcore": {"engine.mcore"},
     "engine.train": {"engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics"},
     "engine.score": {"engine.train", "engine.data", "engine.mcore", "engine.losses", "data_tools"},

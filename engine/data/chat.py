@@ -75,11 +75,8 @@ class Template:
         tokenizer = load_offsets(tokenizer_spec)
         if spec in BUILT_IN:
             _check_tokens(spec, tokenizer, tokenizer_spec)
-            return cls(f"chat template {spec}", {"default": _read(Path(__file__).parent / "templates" / f"{spec}.jinja")}, tokenizer)
         if spec:
-            if not Path(spec).is_file():
-                raise DataError(f"chat.template={spec} is neither a file nor one of {', '.join(BUILT_IN)}; check the path")
-            return cls(f"chat template {spec}", {"default": _read(Path(spec))}, tokenizer)
+            return cls(f"chat template {spec}", {"default": source_of(spec)}, tokenizer)
         return cls(f"the chat template of {tokenizer_spec}", _own_templates(tokenizer_spec), tokenizer)
 
     def encode(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, train_on: Literal["all", "last"] = "all") -> Encoded:
@@ -194,6 +191,15 @@ class Template:
         if words and words[0] not in said:
             raise DataError(f"{self.name} leaves out the content of message {turn + 1}, as some do beside tool calls, or where they want content as "
                             "a list of parts; name another template in chat.template")
+
+
+def source_of(spec: str) -> str:
+    """The text of one of our templates, or of a .jinja file. Raises DataError when there is none."""
+    if spec in BUILT_IN:
+        return _read(Path(__file__).parent / "templates" / f"{spec}.jinja")
+    if not Path(spec).is_file():
+        raise DataError(f"chat.template={spec} is neither a file nor one of {', '.join(BUILT_IN)}; check the path")
+    return _read(Path(spec))
 
 
 def extended_tokenizer(spec: str, tokens: Sequence[str], folder: str | Path) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import RunConfig, dump_config
+from engine.data.chat import source_of
 from engine.hf import FAMILIES
 from engine.hf.fields import HFError, dtype_keys
 from engine.hf.load import INDEX, WEIGHTS, read_json
@@ -52,6 +53,8 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
     try:
         kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes)
         copy_tokenizer(part, source, run.data.eod_id)
+        if run.chat.template:  # the one the model was trained with, over the tokenizer's own
+            (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")
         ids = special_ids(part, run.data.eod_id)
         write_json(part / "config.json", hf | dtype_keys(kept) | ids)
         write_json(part / "generation_config.json", ids)

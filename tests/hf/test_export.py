@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine.config import Data
+from engine.config import Chat, Data
 from engine.hf.convert import Rounded, run_of
 from engine.hf.export import export
 from engine.hf.fields import HFError
@@ -132,6 +132,18 @@ def test_tokenizer_goes_along(tiny, tmp_path, tokenizer, bare):
     assert loaded("ab b")["input_ids"] == [2, 1] and loaded.eos_token_id == 3
     for file in ("config.json", "generation_config.json"):
         assert json.loads((out / file).read_text())["eos_token_id"] == 3
+
+
+def test_the_chat_template_of_training_goes_along(tiny, tmp_path, tokenizer):
+    import transformers
+
+    model = tiny("llama")
+    (tokenizer / "chat_template.jinja").write_text("another")
+    run = model.run.model_copy(update={"data": Data(tokenizer=f"hf:{tokenizer}"), "chat": Chat(template="tags")})
+    out = export(run, model.engine_tensors(), tmp_path / "out")
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    text = loaded.apply_chat_template([{"role": "user", "content": "a?"}], tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>\na?\n<|assistant|>\n"
 
 
 def test_a_lost_tokenizer_is_an_error(tiny, tmp_path, tokenizer):

@@ -154,7 +154,7 @@ def told(monkeypatch, with_te):
         chunk = SimpleNamespace(no_sync="no_sync", start_grad_sync="grads", start_param_sync="params")
         for name in ("DistributedDataParallelConfig", "OptimizerConfig"):
             monkeypatch.setattr(build, name, recorder(name))
-        monkeypatch.setattr(build, "build_chunk", lambda *_: None)
+        monkeypatch.setattr(build, "build_chunk", lambda *_: SimpleNamespace(named_parameters=lambda: ()))
         monkeypatch.setattr(build, "DistributedDataParallel", lambda config, *_, **__: heard.update(config=config) or chunk)
         monkeypatch.setattr(build, "get_megatron_optimizer", lambda *_, **__: SimpleNamespace(chained_optimizers=[], param_groups=[]))
         run = te_run(*changes)

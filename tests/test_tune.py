@@ -10,8 +10,8 @@ from training import merged, on_ranks
 LAYOUTS = [(2, {}), (2, {"zero1": True}), (2, {"tp": 2, "sequence_parallel": True}), (2, {"pp": 2}), (2, {"cp": 2})]
 
 
-def weights(model="dense", steps_of=None, **tune):
-    """(start, end): whole weights before and after parity_table.STEPS steps on one rank."""
+def weights(model="dense", **tune):
+    """Whole weights at the start and after each of parity_table.STEPS steps, on one rank."""
     results = ranks.run(1, start_and_end, model, {"tune": tune})
     return results[0]
 

@@ -7,6 +7,7 @@ parallel.tp=2 data.tokenizer=hf:DIR chat.template=chatml. Exit codes: 0 done, 1 
 
 import argparse
 import os
+import shutil
 import sys
 
 from omegaconf import OmegaConf
@@ -25,10 +26,11 @@ def main() -> int:
     folder = find(args.checkpoint)
     if folder is None:
         parser.error(f"{args.checkpoint} holds no complete checkpoint (iter_*/metadata.json)")
+    work = f"{args.output}.work"
     size = 8 * 16 * int(os.environ.get("WORLD_SIZE", 1))  # a multiple that suits every layout; scoring has no global batch
     raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     instead = {
-        "run": {**raw["run"], "dir": f"{args.output}.work"},
+        "run": {**raw["run"], "dir": work},
         "parallel": {},
         "data": {"train": [args.input], "tokenizer": raw["data"]["tokenizer"]},
         "train": {**raw["train"], "micro_batch": 8, "global_batch": size, "steps": 0, "eval_every": 0, "eval_samples": 0, "rampup": {}},
@@ -41,6 +43,8 @@ def main() -> int:
         from engine.score import score_file
 
         score_file(run, args.input, args.output)
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(work, ignore_errors=True)  # the tokens; every rank has read them
 
     return guarded(str(folder / "config.yaml"), args.overrides, score, instead=instead)
 

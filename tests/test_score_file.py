@@ -45,7 +45,7 @@ def command(*argv):
 
 def scored(num_ranks, model, source, target, *overrides):
     codes = ranks.run(num_ranks, command, str(model), "--input", str(source), "--output", str(target), "run.device=cpu", *overrides)
-    assert codes == [0] * num_ranks
+    assert codes == [0] * num_ranks and not list(target.parent.glob(f"{target.name}.*"))
     return [json.loads(line) for line in open(target)]
 
 

@@ -131,7 +131,7 @@ def _ours(stage_name: str, dataset, seq_len: int, batch: int, sections: dict):
 
     stage = build_stage(stage_name)
     run = stage.configure(run)
-    build = lambda name, role: _filled(ParallelModel(run, place, stage, name, role.train, role.head))  # noqa: E731
+    build = lambda name, role: _filled(ParallelModel(run, place, stage, name, role))  # noqa: E731
     models = {name: build(name, role) for name, role in stage.roles.items()}
     make_loader = lambda dataset: Loader(dataset, batch, 0, 1, 8)  # noqa: E731
     if run.dpo.reference == "stored":

@@ -48,10 +48,13 @@ def guarded(config: str, overrides: list[str], act, stages=STAGES, instead: dict
 
 
 def _acted(act, run) -> int:
+    from engine.config import ConfigError
     from engine.mcore import topology
 
     try:
         act(run)
+    except ConfigError as error:  # what only a checkpoint or a tokenizer could tell
+        return _say(f"error:\n{error}", USAGE)
     except (ValueError, OSError) as error:  # what a person must mend; anything else is ours and keeps its traceback
         return _say(f"error: {error}", ERROR)
     except RuntimeError as error:

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from yaml import YAMLError
 
 from engine.models import FAMILIES, family_defaults
+from engine.online_sections import Grpo, Ppo, RewardPart, Rollout
 from engine.run_folder import find
 from engine.section import Section, Unreadable  # noqa: F401 (Unreadable: for engine/checks.py)
 from engine.stage_sections import Anneal, Average, Chat, Dpo, LongContext, Lora, Reward, RopeScaling, Tune
@@ -383,6 +384,11 @@ class RunConfig(Section):
     chat: Chat = Chat()
     reward: Reward = Reward()
     dpo: Dpo = Dpo()
+    rollout: Rollout = Rollout()
+    rewards: list[RewardPart] = []
+    """What an answer of ppo, grpo and online_dpo is worth: the weighted sum of these parts."""
+    ppo: Ppo = Ppo()
+    grpo: Grpo = Grpo()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
@@ -393,7 +399,7 @@ def load_config(path: str | Path, overrides: list[str] = (), world_size: int | N
     instead: top-level keys that stand for the file's, below the overrides. world_size: number of ranks when known (torchrun's WORLD_SIZE); None skips the checks that need it.
     Raises ConfigError with every mistake found.
     """
-    raw = _read(Path(path), overrides, instead)
+    raw = read_yaml(Path(path), overrides, instead)
     return validate(raw, world_size)
 
 
@@ -430,7 +436,8 @@ def nearest(word: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _read(path: Path, overrides, instead: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_yaml(path: Path, overrides, instead: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A file with `instead` and then the overrides laid over it, as plain Python. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError([f"no configuration file at {path}"])
     changes = _parsed(overrides)
@@ -444,6 +451,8 @@ def _read(path: Path, overrides, instead: dict[str, Any] | None = None) -> dict[
         return OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"{path}: {str(error).strip()}"]) from None
+    except TypeError:  # OmegaConf's, for a key that reaches into a list
+        raise ConfigError([f"{', '.join(overrides)}: an override replaces a list as a whole, such as data.train=[a,b]; it cannot reach into one"]) from None
     except UnicodeDecodeError:
         raise ConfigError([f"{path} is not text"]) from None
 
@@ -473,7 +482,7 @@ def _with_checkpoints_model(raw: dict[str, Any]) -> dict[str, Any]:
     folder = find(load)
     if folder is None:
         raise ConfigError([f"the configuration has no model, and checkpoint.load={load}, which would say, holds no complete checkpoint (iter_*/metadata.json)"])
-    written = _read(folder / "config.yaml", [])["model"]
+    written = read_yaml(folder / "config.yaml", [])["model"]
     written.pop("head", None)  # the stage's business
     return {**raw, "model": OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(written), OmegaConf.create(own)))}
 

@@ -74,6 +74,7 @@ class RunLog:
         self._close_sinks()
         path = self.dir / "metrics.jsonl"
         drop_lines_after(path, step)
+        drop_lines_after(self.dir / "samples.jsonl", step)
         self._metrics = open(path, "ab")
         if self.run.log.tensorboard and importlib.util.find_spec("tensorboard") is not None:
             self._sinks.append(_TensorBoard(self.dir / "tb", step))
@@ -114,9 +115,20 @@ class RunLog:
         if numbers:
             self._show(f" {name} at iteration {step} | " + " | ".join(f"{key}: {value:.6G}" for key, value in numbers.items()) + " | ")
 
-    def validation(self, name: str, step: int, loss: float, extra: dict | None = None) -> None:
-        """Mean loss over the validation set `name` after `step`; `extra` holds further numbers of it."""
+    def has_validation(self, step: int) -> bool:
+        """Does this run's metrics.jsonl hold a validation after `step`? Known on rank 0."""
+        path = self.dir / "metrics.jsonl"
+        return self.is_writer and path.exists() and any("split" in record and record["step"] == step for record in map(_parsed, open(path, "rb")) if record)
+
+    def validation(self, name: str, step: int, loss: float | None, extra: dict | None = None) -> None:
+        """Mean loss over the validation set `name` after `step` (None: the stage has none); `extra` holds further numbers of it."""
         if not self.is_writer:
+            return
+        if loss is None:
+            self._append({"step": step, "split": name, **(extra or {})}, first_step=step + 1)
+            for sink in self._sinks:
+                sink.write(step, {f"valid/{name}/{key}": value for key, value in flatten(extra or {}).items()})
+            self._show_numbers(name, step, extra)
             return
         loss = float(loss)
         record = {"step": step, "split": name, "valid_loss": loss, **(extra or {})}
@@ -128,6 +140,12 @@ class RunLog:
         what = loss_name(self.run.stage)
         self._show(f" validation loss at iteration {step} on {name} | {what} value: {loss:.6E} | {what} PPL: {perplexity:.6E} | ")
         self._show_numbers(name, step, extra)
+
+    def samples(self, step: int, found: list[dict]) -> None:
+        """What a model said in `step`, one line each of samples.jsonl."""
+        if self.is_writer and found:
+            with open(self.dir / "samples.jsonl", "ab") as file:
+                file.writelines(orjson.dumps({"step": step, **one}, option=orjson.OPT_APPEND_NEWLINE) for one in found)
 
     def note(self, text: str) -> None:
         """A message: into this rank's log, and on rank 0 to stderr."""
@@ -193,7 +211,7 @@ class Interval:
         if math.isfinite(loss):
             self.num_losses += 1
             self.loss_sum += loss
-        else:
+        elif not record.get("skipped", False):
             self.num_nan += 1
 
     @property

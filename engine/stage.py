@@ -5,11 +5,13 @@ It never sees logits, ranks, shards or process groups; `engine/mcore/run.py` bri
 before calling `loss`. One stage is one file of `engine/stages/`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor
+
+from engine.sampling import Generated, Sampling
 
 Batch = dict[str, Tensor]  # `tokens` and `labels` int64 [b, s], `loss_mask` fp32 [b, s], and what the stage adds
 
@@ -36,6 +38,14 @@ class Role:
     """False: no gradients."""
     init: str = "load"
     """load: checkpoint.roles.<role> or else checkpoint.load; fresh: initial weights."""
+    lr: float = 0.0
+    """Peak learning rate; 0 takes optim.lr. The schedule is the run's."""
+    temperature: float = 1.0
+    """What logits are divided by before probabilities are taken of them."""
+    wants_entropy: bool = False
+    """tokens, while learning: the output is [b, s, 2], log-probability and entropy of the distribution it is taken from."""
+    rests_on_host: bool = False
+    """Of a network that does not learn: its weights lie in host memory between two uses."""
 
 
 class Dataset(Protocol):
@@ -63,22 +73,49 @@ class Model(Protocol):
     def greedy(self, micro_batches: list[Batch]) -> list[Tensor]:
         """bool [b, s]: is the label the most probable token? Greedy decoding says a text exactly when all of it is."""
 
+    def generate(self, prompts: list[list[int]], sampling: Sampling, keys: list[int] | None = None, decode=None, batch: int = 0) -> list[Generated]:
+        """An answer to each prompt. keys: with the seed what decides a row's random numbers; `batch` rows at once, 0 all."""
+
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over all replicas, for what concerns the whole global batch."""
+
+    def gathered(self, act: Callable[[], list]) -> list:
+        """What act() returns, called on one rank of every replica, replica by replica; an error of any is raised on all ranks."""
+
+    last: Mapping[str, float]
+    """What the role's last forward and backward pass found, of its whole batch: the loss and the stage's metrics."""
+
+
+class Feed(Protocol):
+    """The training data of a run, from where it stands on."""
+
+    step: int
+    """Number of the step underway, from 1."""
+    ahead: int
+    """How many of the last global batches taken are for later steps; a stage that draws ahead sets it."""
+
+    def __next__(self) -> list[Batch]:
+        """This replica's micro-batches of the next global batch, which thereby is consumed."""
 
 
 class Stage:
     """Base of every stage: subclasses give roles, datasets, count and loss, and change what else they need.
 
-    See engine/stages/pretrain.py for the shortest one. Nothing is kept on the instance but what `configure` sets.
+    See engine/stages/pretrain.py for the shortest one. Nothing is kept on the instance but what `configure` sets and `state` tells.
     """
 
     roles: Mapping[str, Role] = {"policy": Role()}
     """Read after `configure`, which may set it. The first trained role is what checkpoints of this stage hold."""
 
-    has_pairs: bool = False
-    """Rows 2i and 2i + 1 may begin alike, and `ends` [b] says where each row's last token is: the engine then computes what they share
-    once. Outputs at places behind `ends` mean nothing."""
+    draws_freely: bool = False
+    """A step may take any number of global batches, so the data must not end."""
+
+    validates_loss: bool = True
+    """False: validation measures (`measure`, of batches as the dataset gives them) and knows no loss."""
+
+    rows_alike: int = 1
+    """As many neighbouring rows (pairs: 2) may begin alike, and `ends` [b] says where each row's last token is: the engine then computes what
+    they share once. Outputs at places behind `ends` mean nothing."""
 
     def configure(self, run):
         """The RunConfig this stage really runs with; called on every rank before anything is built."""
@@ -88,9 +125,28 @@ class Stage:
         """The training set with at least num_train samples, and the validation sets by name."""
         raise NotImplementedError
 
+    def draw(self, feed: Feed, models: Mapping[str, Model]):
+        """What one step learns from, for `prepare`: the next global batch, or what a stage makes of one or more. Without gradients."""
+        return next(feed)
+
     def prepare(self, micro_batches: list[Batch], models: Mapping[str, Model]) -> Iterator[list[Batch]]:
-        """What to train on, from one global batch: micro-batches, one optimizer step per list yielded. Without gradients."""
+        """What to train on, from what was drawn: micro-batches of one shape, one optimizer step per list yielded. Without gradients."""
         yield micro_batches
+
+    def learns(self, role: str, step: int) -> bool:
+        """Does this trained role learn in this step, counted from 1?"""
+        return True
+
+    def report(self) -> Mapping[str, float]:
+        """What else belongs in the record of the step just taken."""
+        return {}
+
+    def state(self) -> Mapping[str, float]:
+        """What a checkpoint must hold beside networks and position for the stage to go on as if never stopped."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take back what `state` said."""
 
     def count(self, role: str, batch: Batch) -> Tensor:
         """What `loss` sums over in this micro-batch: tokens, pairs or sequences. Known from the batch alone, because the
@@ -117,3 +173,6 @@ class Stage:
     def finish(self, run, model: Model) -> Mapping[str, float]:
         """After the last step of a run: what belongs in its log. Collective."""
         return {}
+
+    def close(self) -> None:
+        """End what `configure` or `begin` has started; called however the run ends."""

@@ -1,4 +1,4 @@
-"""READ FIRST: the one loop. Build, load, then for each global batch: prepare, train, log, validate, save.
+"""READ FIRST: the one loop. Build, load, then for each step: draw, prepare, train, log, validate, save.
 
     code = train(run)        # on every rank; run is a RunConfig from engine/config.py
 
@@ -7,7 +7,9 @@ engine/mcore/ spreads a network over ranks, engine/data/ turns a sample number i
 networks and one Position. Left out on purpose: branches for features; they live in a stage, the log or a helper below.
 """
 
+import contextlib
 import gc
+import itertools
 import math
 import time
 from collections import Counter
@@ -16,15 +18,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from engine import metrics, schedule
+from engine.checks import cross_checks
+from engine.config import ConfigError
 from engine.data.loader import Loader, Prefetcher
 from engine.log import RunLog
 from engine.mcore import build, checkpoint, observe, topology
 from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import NonFiniteGradient, ParallelModel
-from engine.stage import Role
+from engine.stage import Batch, Role
 from engine.stages import build_stage
 
 
@@ -35,21 +40,22 @@ def train(run) -> Position:
     """
     stage = build_stage(run.stage)
     run = stage.configure(run)
-    place = topology.start(run)
-    position = Position()
-    for part in stage.runs(run, Trainer(run, stage, place)):  # one, but for stages that are a ladder of runs
-        log = RunLog(part, place.rank, place.world_size, place.dp)
-        try:
-            position = Trainer(part, stage, place, log).train()
-            log.close("done")
-        except BaseException as error:
-            log.close("failed", str(error) or type(error).__name__)
-            raise
+    with contextlib.closing(stage):
+        place = topology.start(run)
+        position = Position()
+        for part in stage.runs(run, Trainer(run, stage, place)):  # one, but for stages that are a ladder of runs
+            log = RunLog(part, place.rank, place.world_size, place.dp)
+            try:
+                position = Trainer(part, stage, place, log).train()
+                log.close("done")
+            except BaseException as error:
+                log.close("failed", str(error) or type(error).__name__)
+                raise
     return position
 
 
 class Trainer:
-    """The parts of one run on this rank. A stage may ask it for a `loader` and for a `frozen` network."""
+    """The parts of one run on this rank. A stage may ask it for a `loader`, to `spread` a batch, and for a `frozen` network."""
 
     def __init__(self, run, stage, place, log=None):
         self.run, self.stage, self.place, self.log = run, stage, place, log
@@ -59,35 +65,42 @@ class Trainer:
         run, stage, place, log = self.run, self.stage, self.place, self.log
         log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
         self.models = {name: self._network(name, role) for name, role in stage.roles.items()}
-        self.trained = [model for name, model in self.models.items() if stage.roles[name].train]
-        self.first = self.trained[0]  # what checkpoints hold
+        self.trained = {name: model for name, model in self.models.items() if stage.roles[name].train}
+        self.first, *_ = self.trained.values()  # what a checkpoint is of; it holds the others beside it
         self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
         position = self._start()
         loader, self.validation = self._loaders()
         log.resume(position.step)
         clock = Clock(run, position)
         started = saved = position.step
+        self.validated = None
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
-        for micro_batches in self._feed(loader, position):
-            lr = schedule.learning_rate(position.step + 1, run.optim, run.schedule, run.train.steps)
-            for batch in stage.prepare(micro_batches, self.models):
-                for model in self.trained:
-                    result = model.forward_backward(batch)
-                    _refuse_nan(result.loss, "loss", position, run)
-                    norm = _step(model, lr, position, run)
-            position = _advance(position, run)
-            self.average.after_step(position.step)
-            log.step(_record(run, place, position, micro_batches, result, norm, lr, clock.lap(), self.first))
-            if _due(run.train.eval_every, position.step):
-                self._validate(position)
-            if _due(run.checkpoint.save_every, position.step):
-                saved = self._save(position)
-            if clock.is_over(position):
-                break
+        with Feed(run, loader, position, stage.draws_freely) as feed:
+            while position.step < schedule.planned_steps(run.train):
+                feed.step = position.step + 1
+                lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
+                drawn = stage.draw(feed, self.models)
+                updates = Updates(self.trained)
+                for batch in stage.prepare(drawn, self.models):
+                    for name, model in self.trained.items():
+                        if stage.learns(name, feed.step):
+                            result = model.forward_backward(batch)
+                            _refuse_nan(result.loss, "loss" if model is self.first else f"{name}'s loss", feed, updates)
+                            norm = _step(model, lr * self._relative_rate(name), feed, updates)
+                            updates.add(name, batch, result, norm)
+                before, position = position, feed.position(position)
+                self.average.after_step(position.step)
+                log.step({**_record(run, place, before, position, updates, lr, clock.lap(), self.first), **stage.report()})
+                if _due(run.train.eval_every, position.step):
+                    self._validate(position)
+                if _due(run.checkpoint.save_every, position.step):
+                    saved = self._save(position)
+                if clock.is_over(position):
+                    break
 
-        if run.train.eval_samples and position.step != started and not _due(run.train.eval_every, position.step):
+        if run.train.eval_samples and not self._is_validated(position.step):
             self._validate(position)
         if run.checkpoint.save_at_end and saved != position.step:
             self._save(position)
@@ -103,6 +116,23 @@ class Trainer:
         run, place = self.run, self.place
         return Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, place.sequence_multiple(run))
 
+    def spread(self, whole: Batch, micro_batch: int) -> list[Batch]:
+        """This replica's micro-batches of a global batch that every rank knows, tensors of [rows, s] or [rows]. Neighbouring rows go to
+        different replicas, so that a part of the batch is the same under every layout. Where rows are missing others stand
+        again: `weights` [b] is 1 for what counts and 0 for those."""
+        rows, place = len(whole["tokens"]), self.place
+        stride = micro_batch * place.dp * (place.pp if self.run.parallel.vpp > 1 else 1)
+        numbers = torch.arange(-(-rows // stride) * stride)
+        weights = (numbers < rows).float()
+        numbers = torch.where(numbers < rows, numbers, numbers % rows)
+        missing = -whole["tokens"].size(1) % place.sequence_multiple(self.run)
+        whole = {name: F.pad(t, (0, missing)) if t.dim() == 2 else t for name, t in whole.items()}
+        found = []
+        for start in range(place.dp_rank * micro_batch, len(numbers), micro_batch * place.dp):
+            own = slice(start, start + micro_batch)
+            found.append({name: t[numbers[own]] for name, t in whole.items()} | {"weights": weights[own]})
+        return found
+
     def frozen(self, role: str = "policy", run=None) -> ParallelModel:
         """A network of this run (or another) without gradients, with the weights that the role starts from."""
         model = self._network(role, replace(self.stage.roles.get(role, Role()), train=False), run)
@@ -112,9 +142,12 @@ class Trainer:
     # --- the parts of the loop, in the order in which it calls them -----------------------------------------------------
 
     def _network(self, name: str, role: Role, run=None) -> ParallelModel:
-        source = None if role.train else self._source(name, run or self.run)
-        adapters = checkpoint.read_config(source).lora if source else None
-        return ParallelModel(run or self.run, self.place, self.stage, name, role.train, role.head, adapters)
+        run = run or self.run
+        source = self._source(name, run)
+        if role.head == "scalar" and name in run.checkpoint.roles and name != next(iter(self.stage.roles)):
+            run = _of_checkpoint(run, name, source)  # a reward model, and the critic made of it, may have sizes of their own
+        adapters = checkpoint.read_config(source).lora if source and not role.train else None
+        return ParallelModel(run, self.place, self.stage, name, role, adapters)
 
     def _source(self, name: str, run) -> Path | None:
         """The checkpoint folder that a role starts from; None for initial weights."""
@@ -128,8 +161,8 @@ class Trainer:
         return folder
 
     def _start(self) -> Position:
-        """Give every role its weights. The first trained one, which checkpoints hold, resumes run.dir when that holds one; every other
-        role, and the first in a new run, starts from checkpoint.roles or checkpoint.load, or else from initial weights."""
+        """Give every role its weights. Those that learn resume run.dir when that holds a checkpoint; every other role, and all in a new
+        run, start from checkpoint.roles or checkpoint.load, or else from initial weights."""
         run = self.run
         unknown = run.checkpoint.roles.keys() - {*self.stage.roles, *type(self.stage).roles}
         if unknown:
@@ -138,7 +171,7 @@ class Trainer:
         position = Position()
         for name, model in self.models.items():
             is_first = model is self.first
-            if is_first and own is not None and not run.tune.l2_to_init:
+            if own is not None and name in self.trained and not (is_first and run.tune.l2_to_init):
                 continue  # nothing of where it started is needed
             found = self._load_start(name, model, is_first)
             if is_first:
@@ -147,6 +180,10 @@ class Trainer:
                     model.pull.remember(model.chunks)
         if own is not None:
             position = checkpoint.load(self.first, own)
+            for name, model in self.trained.items():
+                if model is not self.first:
+                    checkpoint.load(model, own / "roles" / name)
+            self.stage.restore(checkpoint.read_stage(own))
             self.average.resume(Path(run.run.dir) / "average", position.step)
             self.log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
         return position
@@ -170,41 +207,50 @@ class Trainer:
         self.stage.begin(run, self, [train, *valid.values()])
         return self.loader(train), {name: self.loader(dataset) for name, dataset in valid.items()}
 
-    def _feed(self, loader, position: Position):
-        """This replica's micro-batches, one global batch after another, from `position` on."""
-        positions = _positions(self.run, position)
-        if not self.run.data.prefetch:
-            yield from (loader.batches(*where) for where in positions)
-            return
-        with Prefetcher(loader, positions) as ahead:
-            yield from ahead
+    def _relative_rate(self, name: str) -> float:
+        """The learning rate of a role, as a multiple of the run's."""
+        rate = self.stage.roles[name].lr
+        return rate / self.run.optim.lr if rate and self.run.optim.lr else 1.0
 
     def _validate(self, position: Position) -> None:
         """Every validation set, with the weights as they are and with their average."""
+        self.validated = position.step
         for name, loader in self.validation.items():
             self.log.validation(name, position.step, *self._measured(loader))
             if self.average.num_taken:
                 with self.average.swapped():
                     self.log.validation(f"{name}/average", position.step, *self._measured(loader))
 
-    def _measured(self, loader) -> tuple[float, dict[str, float]]:
-        """Mean loss over train.eval_samples, and the means of the stage's metrics."""
+    def _is_validated(self, step: int) -> bool:
+        """Has this process, or one before it that was killed after its last checkpoint, validated these weights? One answer on all ranks."""
+        answer = [self.validated == step or self.log.has_validation(step)]
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
+
+    def _measured(self, loader) -> tuple[float | None, dict[str, float]]:
+        """Mean loss over train.eval_samples, if the stage validates one, and the means of the stage's metrics."""
         sums = Counter()
         for first in range(0, _num_valid(self.run), self.run.train.global_batch):
-            for batch in self.stage.prepare(loader.batches(first, self.run.train.global_batch), self.models):
-                found = dict(self.first.evaluate(batch).sums)
-                for name, pair in self.stage.measure(batch, self.models).items():
-                    found[name] = self.first.total(torch.stack([x.float().reshape(()) for x in pair])).tolist()
+            for found in self._found(loader.batches(first, self.run.train.global_batch)):
                 for name, (total, count) in found.items():
                     sums.update({(name, "sum"): total, (name, "count"): count})
         names = {name for name, _ in sums}
         means = {name: sums[name, "sum"] / sums[name, "count"] if sums[name, "count"] else float("nan") for name in sorted(names)}
-        return means.pop("loss"), means
+        return means.pop("loss", None), means
+
+    def _found(self, micro_batches):
+        """For each batch that the stage makes of a global batch: name -> (sum, count) over all replicas."""
+        for batch in self.stage.prepare(micro_batches, self.models) if self.stage.validates_loss else [micro_batches]:
+            found = dict(self.first.evaluate(batch).sums) if self.stage.validates_loss else {}
+            for name, pair in self.stage.measure(batch, self.models).items():
+                found[name] = self.first.total(torch.stack([x.double().reshape(()) for x in pair])).tolist()
+            yield found
 
     def _save(self, position: Position) -> int:
         if self.average.num_taken:
             self.average.save(Path(self.run.run.dir) / "average", position)
-        folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position)
+        others = {name: model for name, model in self.trained.items() if model is not self.first}
+        folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, self.stage.state())
         self.log.note(f"saved {folder}")
         return position.step
 
@@ -213,65 +259,134 @@ class TrainingStopped(ValueError):
     """Training cannot go on without a person; no weight was changed by the step that is named."""
 
 
+def _of_checkpoint(run, role: str, folder: Path):
+    """The run with the model of a role's own checkpoint. Raises ConfigError where this layout cannot hold it."""
+    written = checkpoint.read_config(folder)
+    changed = run.model_copy(update={"model": written.model})
+    if problems := set(cross_checks(changed, None)) - set(cross_checks(run, None)):
+        raise ConfigError([f"checkpoint.roles.{role}={folder}: {problem}" for problem in sorted(problems)])
+    return changed
+
+
 def _num_valid(run) -> int:
     """train.eval_samples in whole global batches."""
     return math.ceil(run.train.eval_samples / run.train.global_batch) * run.train.global_batch
 
 
-def _positions(run, position: Position):
-    consumed = position.consumed_samples
-    for _ in range(position.step, schedule.planned_steps(run.train)):
-        size = schedule.global_batch(consumed, run.train)
-        yield consumed, size
-        consumed += size
+class Feed:
+    """engine/stage.py's Feed: this replica's micro-batches, one global batch after another, from `position` on.
+
+    freely: for as long as anybody asks; else for the planned steps. ahead: how many of the last global batches taken are for later
+    steps and so do not count as consumed.
+    """
+
+    ahead = 0
+
+    def __init__(self, run, loader, position: Position, freely: bool):
+        self.run, self.step = run, position.step
+        self._ends = [position.consumed_samples]  # of the global batches taken, from the last one that an earlier step used
+        planned = None if freely else schedule.planned_steps(run.train) - position.step
+        self._sizes = self._positions(planned)
+        ahead = self._positions(planned)
+        self._batches = Prefetcher(loader, ahead) if run.data.prefetch else (loader.batches(*where) for where in ahead)
+
+    def __next__(self):
+        micro_batches = next(self._batches)
+        self._ends.append(sum(next(self._sizes)))
+        return micro_batches
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._batches.close()
+
+    def position(self, before: Position) -> Position:
+        """Where the run stands after the step underway."""
+        self._ends = self._ends[len(self._ends) - 1 - self.ahead:]
+        used = self._ends[0]
+        return Position(self.step, used, before.tokens + (used - before.consumed_samples) * self.run.train.seq_len)
+
+    def samples(self) -> str:
+        """What the step underway has read."""
+        return f"samples {self._ends[0]} to {self._ends[-1] - 1}"
+
+    def _positions(self, num: int | None):
+        consumed = self._ends[0]
+        for _ in itertools.count() if num is None else range(num):
+            size = schedule.global_batch(consumed, self.run.train)
+            yield consumed, size
+            consumed += size
 
 
-def _advance(position: Position, run) -> Position:
-    size = schedule.global_batch(position.consumed_samples, run.train)
-    return Position(position.step + 1, position.consumed_samples + size, position.tokens + size * run.train.seq_len)
+class Updates:
+    """What the optimizer steps of one step of the run found, by role, and the batches [rows of this replica, s] its first role learnt from."""
+
+    def __init__(self, trained):
+        self.first = next(iter(trained))
+        self.sums, self.norms, self.shapes = {name: {} for name in trained}, {name: [] for name in trained}, []
+
+    def add(self, name: str, micro_batches, result, norm: float | None) -> None:
+        sums = self.sums[name]
+        for key, (total, count) in result.sums.items():
+            old_total, old_count = sums.get(key, (0.0, 0.0))
+            sums[key] = (old_total + total, old_count + count)
+        self.norms[name].append(norm)
+        if name == self.first:
+            rows, seq_len = micro_batches[0]["tokens"].shape
+            self.shapes.append((rows * len(micro_batches), seq_len))
+
+    def means(self, name: str) -> dict[str, float]:
+        return {key: total / count if count else float("nan") for key, (total, count) in self.sums[name].items()}
+
+    def norm(self, name: str) -> float:
+        """Mean gradient norm of the updates that were taken; NaN without any."""
+        taken = [norm for norm in self.norms[name] if norm is not None]
+        return sum(taken) / len(taken) if taken else float("nan")
 
 
-def _step(model, lr: float, position: Position, run) -> float | None:
+def _step(model, lr: float, feed: Feed, updates: Updates) -> float | None:
     try:
-        return model.step(lr, position.step + 1)
+        return model.step(lr, feed.step)
     except NonFiniteGradient as error:
-        raise _stopped(str(error), position, run) from None
+        raise _stopped(str(error), feed, updates) from None
 
 
-def _refuse_nan(value: float, what: str, position: Position, run) -> None:
+def _refuse_nan(value: float, what: str, feed: Feed, updates: Updates) -> None:
     if not math.isfinite(value):
-        raise _stopped(f"the {what} is {value}", position, run)
+        raise _stopped(f"the {what} is {value}", feed, updates)
 
 
-def _stopped(what: str, position: Position, run) -> TrainingStopped:
-    first = position.consumed_samples
-    last = first + schedule.global_batch(first, run.train) - 1
-    return TrainingStopped(f"step {position.step + 1}: {what} on samples {first} to {last}; the weights are those of step {position.step}. "
+def _stopped(what: str, feed: Feed, updates: Updates) -> TrainingStopped:
+    taken = sum(map(len, updates.norms.values()))
+    weights = f"the weights are those of step {feed.step - 1}" + (f" and {taken} more updates" if taken else "")
+    return TrainingStopped(f"step {feed.step}: {what} on {feed.samples()}; {weights}. "
                            "Lower optim.lr, look at these samples (data_tools/peek.py), or resume from an earlier checkpoint")
 
 
-def _record(run, place, position: Position, micro_batches, result, norm, lr: float, seconds: float, model) -> dict:
-    """One line of metrics.jsonl."""
-    samples = schedule.global_batch(position.consumed_samples - 1, run.train)
-    rows, seq_len = micro_batches[0]["tokens"].shape
-    rows *= len(micro_batches) * place.dp
-    tokens = rows * seq_len
-    tflops = metrics.tflops_per_device(metrics.step_flops(run.model, seq_len, rows), seconds, place.world_size)
+def _record(run, place, before: Position, position: Position, updates: Updates, lr: float, seconds: float, model) -> dict:
+    """One line of metrics.jsonl. Roles beside the first have their names before their numbers."""
+    tokens = sum(rows * seq_len for rows, seq_len in updates.shapes) * place.dp
+    flops = sum(metrics.step_flops(run.model, seq_len, rows * place.dp) for rows, seq_len in updates.shapes)
+    tflops = metrics.tflops_per_device(flops, seconds, place.world_size)
     record = {
         "step": position.step,
-        "loss": result.loss,
-        "grad_norm": float("nan") if norm is None else norm,
+        "loss": float("nan"),  # of a first role that did not learn
+        "grad_norm": updates.norm(updates.first),
         "lr": lr,
         "consumed_samples": position.consumed_samples,
         "tokens": tokens,
         "step_time_s": seconds,
         "tokens_per_s": tokens / seconds,
-        "global_batch": samples,
+        "global_batch": position.consumed_samples - before.consumed_samples,
         "tflops_per_device": tflops,
         "peak_memory_gib": metrics.peak_memory_gib(),
-        "skipped": norm is None,
-        **result.metrics,
+        "skipped": not any(norm is not None for norm in updates.norms[updates.first]),
+        **updates.means(updates.first),
     }
+    for name in updates.sums:
+        if name != updates.first:
+            record |= {f"{name}/{key}": mean for key, mean in {**updates.means(name), "grad_norm": updates.norm(name)}.items()}
     utilisation = metrics.mfu(tflops, _peak_tflops(run, place))
     if utilisation is not None:
         record["mfu"] = utilisation

@@ -176,6 +176,21 @@ def test_validation_is_a_mean_over_tokens(raw_run, corpus, tmp_path):
     assert found["held_out"][-1]["valid_loss"] != found["other"][-1]["valid_loss"]
 
 
+def test_a_run_killed_before_its_last_validation_makes_up_for_it(raw_run, corpus):
+    from engine.log import read_metrics
+
+    raw = merged(raw_run, {"data": {"valid": {"held_out": [corpus["valid"]]}}, "train": {"eval_samples": 4}})
+    folder = Path(raw["run"]["dir"])
+    on_ranks(2, raw)
+    whole, = read_metrics(folder, "held_out")
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join(line for line in lines if b"held_out" not in line))
+    on_ranks(2, raw)
+    assert read_metrics(folder, "held_out") == [whole] and len(read_metrics(folder)) == 6
+    on_ranks(2, raw)
+    assert read_metrics(folder, "held_out") == [whole]  # and does not do so twice
+
+
 def test_split_cuts_the_validation_set_out_of_the_corpus(raw_run, corpus):
     from engine.data.indexed import IndexedCorpus
     from engine.data.pretraining import GPTSamples, split_documents

@@ -84,7 +84,7 @@ def engine(stage_name, folders, jobs):
         place = topology.start(run)
         models = {}
         for name, role in stage.roles.items():
-            models[name] = ParallelModel(run, place, stage, name, role.train, role.head)
+            models[name] = ParallelModel(run, place, stage, name, role)
             fill(bare(models[name].chunks[0]), tensors_of(run.model, folders[name]))
             if role.train:
                 models[name].optimizer.reload_model_params()

@@ -68,7 +68,7 @@ def train(name, model, layout, world_size, micro_batch=1):
     stage = build_stage(run.stage)
     run = stage.configure(run)
     place = topology.start(run)
-    models = {role: ParallelModel(run, place, stage, role, spec.train, spec.head) for role, spec in stage.roles.items()}
+    models = {role: ParallelModel(run, place, stage, role, spec) for role, spec in stage.roles.items()}
     losses, norms, metrics = [], [], []
     for step in range(STEPS):
         for sub in stage.prepare(batches(run, place, step), models):

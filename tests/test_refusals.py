@@ -67,6 +67,7 @@ def test_a_sound_run_is_not_refused(pretrain, raw_run):
     ("parallel.tp=3", "model.num_attention_heads(4) is not divisible by parallel.tp(3); legal tp: 1, 2, 4"),
     ("parallel.tp=2", "tp(2) * pp(1) * cp(1) = 2 does not divide the world size 1; start 2 ranks or a multiple (torchrun --nproc-per-node)"),
     ("train.steps", "override 'train.steps' is not of the form key=value, such as train.steps=100"),
+    ("data.train.0=elsewhere", "data.train.0=elsewhere: an override replaces a list as a whole, such as data.train=[a,b]; it cannot reach into one"),
     ("train.global_batch=0", "train.global_batch=0: input should be greater than or equal to 1"),
 ])
 def test_configuration(pretrain, raw_run, override, message):

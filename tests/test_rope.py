@@ -219,10 +219,11 @@ def score(layout, scaling):
     from engine.config import validate
     from engine.mcore import topology
     from engine.mcore.run import ParallelModel
+    from engine.stage import Role
 
     base = parity_table.config("dense", layout, {}, int(np.prod(list(layout.values()), initial=1))).model_dump()
     run = validate(merged(base, {"model": {"rope_scaling": scaling, "init_std": 0.3}}))
-    model = ParallelModel(run, topology.start(run), parity_table.CountTokens(), "policy", train=False)
+    model = ParallelModel(run, topology.start(run), parity_table.CountTokens(), "policy", Role(train=False))
     return model.score(parity_table.batches(run, 0, 1, 0)[:1])[0].numpy()
 
 

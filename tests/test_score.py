@@ -15,10 +15,11 @@ def score(layout, world_size, head="tokens", mask=None):
 
     from engine.mcore import topology
     from engine.mcore.run import ParallelModel
+    from engine.stage import Role
 
     run = parity_table.config("dense", layout, {}, world_size)
     place = topology.start(run)
-    model = ParallelModel(run, place, parity_table.CountTokens(), "policy", train=False, head=head)
+    model = ParallelModel(run, place, parity_table.CountTokens(), "policy", Role(head, train=False))
     pieces = parity_table.batches(run, 0, 1, 0)[:3]
     for piece in pieces if mask is not None else []:
         piece["loss_mask"] = (torch.arange(parity_table.SEQ) % mask == 0).float()[None]
@@ -60,10 +61,11 @@ def most_probable_labels(layout, world_size):
 
     from engine.mcore import build, topology
     from engine.mcore.run import ParallelModel
+    from engine.stage import Role
 
     run = parity_table.config("dense", layout, {}, world_size)
     place = topology.start(run)
-    model = ParallelModel(run, place, parity_table.CountTokens(), "policy", train=False)
+    model = ParallelModel(run, place, parity_table.CountTokens(), "policy", Role(train=False))
     batch = parity_table.batches(run, 0, 1, 0)[0]
     batch.pop("segment_ids")
     with torch.no_grad():

@@ -294,3 +294,112 @@ def test_linear_cross_entropy_over_tp(num_real):
     assert torch.equal(first[0], second[0]) and same(first[0], nll, rtol=1e-6)
     assert same(first[1] + second[1], grad_hidden, rtol=1e-6)
     assert same(torch.cat([first[2], second[2]]), grad_weight, rtol=1e-6)
+
+
+# --- and with the entropy -----------------------------------------------------------------------------------------------
+
+
+def entropy_case(num_real, dtype=torch.float32):
+    """As loss_case, and a weight per token for each of log p(label) and entropy: [tokens, 2]."""
+    hidden, weight, labels, _ = loss_case(num_real, dtype)
+    return hidden, weight, labels, random(TOKENS, 2, dtype=torch.float32, seed=4)
+
+
+def plain_entropy(hidden, weight, labels, cotangent, num_real):
+    """([tokens, 2], grad of hidden, grad of weight) by log_softmax over the real vocabulary, in fp64."""
+    hidden, weight = (x.double().requires_grad_() for x in (hidden, weight))
+    logp = (hidden @ weight[:num_real].t()).log_softmax(1)
+    both = torch.stack([logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(1)], 1)
+    return both.detach(), *torch.autograd.grad(both, (hidden, weight), cotangent.double())
+
+
+def our_entropy(hidden, weight, labels, cotangent, num_real, tp_group=None):
+    from engine.mcore.linear_ce import log_probability_and_entropy
+
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    both = log_probability_and_entropy(hidden, weight, labels, num_real, tp_group)
+    return both.detach(), *torch.autograd.grad(both, (hidden, weight), cotangent)
+
+
+@pytest.mark.parametrize("num_real", [IDS, 50, 2])
+@pytest.mark.parametrize("rows", [100, 3], ids="{} rows a chunk".format)
+def test_entropy(monkeypatch, num_real, rows):
+    from engine.mcore import linear_ce
+
+    monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", rows * IDS * 4)
+    case = entropy_case(num_real)
+    for ours, theirs in zip(our_entropy(*case, num_real), plain_entropy(*case, num_real)):
+        assert same(ours, theirs, rtol=1e-6)
+    assert not our_entropy(*case, num_real)[2][num_real:].any()
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=["log p", "entropy"])
+def test_each_gradient_alone(column):
+    *case, cotangent = entropy_case(50)
+    cotangent[:, 1 - column] = 0
+    for ours, theirs in zip(our_entropy(*case, cotangent, 50), plain_entropy(*case, cotangent, 50)):
+        assert same(ours, theirs, rtol=1e-6)
+
+
+def test_entropy_changes_no_bit_of_the_log_probability():
+    """It is scored without and trained with it, and the first ratio is 1."""
+    from engine.mcore.linear_ce import linear_log_probability, log_probability_and_entropy
+
+    hidden, weight, labels, _ = entropy_case(50)
+    both = log_probability_and_entropy(hidden.clone().requires_grad_(), weight, labels, 50)
+    assert torch.equal(both[:, 0], linear_log_probability(hidden, weight, labels, 50))
+
+
+def test_entropy_of_large_logits():
+    """Sure of one token, or of two alike: 0 and ln 2, where log-sum-exp and mean logit are both near 3000 and fp32 has steps of 2e-4."""
+    from engine.mcore.linear_ce import log_probability_and_entropy
+
+    weight = torch.zeros(IDS, 2)
+    weight[3, 0] = weight[4, 1] = 1.0
+    hidden = torch.tensor([[3000.0, 0], [3000, 3000]]).requires_grad_()
+    entropy = log_probability_and_entropy(hidden, weight, torch.tensor([3, 3]), IDS)[:, 1]
+    torch.testing.assert_close(entropy, torch.tensor([0, math.log(2)]), rtol=1e-6, atol=0)
+    assert torch.autograd.grad(entropy.sum(), hidden)[0].abs().max() < torch.finfo(torch.float32).eps * 3000  # 0 but for such a step
+
+
+def test_entropy_in_bf16():
+    case = entropy_case(50, torch.bfloat16)
+    (both, *grads), (plain, *plain_grads) = our_entropy(*case, 50), plain_entropy(*case, 50)
+    eps = torch.finfo(torch.bfloat16).eps
+    largest_logit = (case[0].double() @ case[1].double().t()).abs().max()
+    assert both.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16] * 2
+    assert (both - plain).abs().max() < 2 * eps * largest_logit
+    for ours, theirs in zip(grads, plain_grads):
+        assert (ours - theirs).norm() < 4 * eps * theirs.norm()
+
+
+def entropy_on_rank(num_real):
+    import torch.distributed as dist
+
+    hidden, weight, labels, cotangent = entropy_case(num_real)
+    own = weight.chunk(dist.get_world_size())[dist.get_rank()]
+    return [tensor.numpy() for tensor in our_entropy(hidden, own, labels, cotangent, num_real, dist.group.WORLD)]
+
+
+@pytest.mark.parametrize("num_real", [IDS, 50, IDS // 2, 20], ids=["no padding", "some", "one rank is padding", "more than a rank"])
+def test_entropy_over_tp(num_real):
+    both, grad_hidden, grad_weight = plain_entropy(*entropy_case(num_real), num_real)
+    first, second = ([torch.from_numpy(x) for x in result] for result in ranks.run(2, entropy_on_rank, num_real))
+    assert torch.equal(first[0], second[0]) and same(first[0], both, rtol=1e-6)
+    assert same(first[1] + second[1], grad_hidden, rtol=1e-6)
+    assert same(torch.cat([first[2], second[2]]), grad_weight, rtol=1e-6)
+
+
+def test_output_layer_gives_both_at_the_places_asked():
+    from engine.mcore.linear_ce import OutputLayer
+
+    hidden, weight, labels, _ = entropy_case(50)
+    labels = labels.view(2, 5)                                        # [b, s]; hidden [s, b, h]
+    layer = SimpleNamespace(sequence_parallel=False, weight=weight, tp_group=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    asked = torch.tensor([0, 3, 4, 9])                                # of [s, b]: places (0, 0), (1, 1), (2, 0), (4, 1)
+    found = OutputLayer.forward(layer, hidden.view(5, 2, WIDTH), labels=labels, num_real=50, asked=asked, with_entropy=True)
+    both = plain_entropy(hidden, weight, labels.t().reshape(-1), torch.ones(TOKENS, 2), 50)[0].view(5, 2, 2).transpose(0, 1)
+    wanted = torch.zeros(2, 5, 1)
+    for s, b in ((0, 0), (1, 1), (2, 0), (4, 1)):
+        wanted[b, s] = 1
+    assert found.shape == (2, 5, 2) and same(found, both * wanted, rtol=1e-6)

@@ -20,6 +20,8 @@ from typing import Protocol
 from data_tools.tokenizer import load_tokenizer
 from engine.data.indexed import DataError
 
+PROBE = ("The quick brown fox jumps over 13 lazy dogs; def f(x): return {x: 3.14159}\n\t<b>Grüße, 你好, мир, नमस्ते, 🙂</b> unbelievably "
+         "internationalisation WWW_42 ~!@#$%^&*")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -41,6 +43,14 @@ def load_offsets(spec: str) -> OffsetTokenizer:
     """The tokenizer a spec names. Raises UsageError for an unknown kind, DataError for what is missing or cannot tell offsets."""
     plain = load_tokenizer(spec)      # refuses kinds that are not in KINDS
     return KINDS[spec.partition(":")[0]](plain, spec)
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Do two specs mean the same tokens? Told by the size of the vocabulary, the special tokens and the ids of a text in several scripts."""
+    if one == other:
+        return True
+    first, second = load_offsets(one), load_offsets(other)
+    return (first.vocab_size, first.specials, first.encode(PROBE)[0]) == (second.vocab_size, second.specials, second.encode(PROBE)[0])
 
 
 class _HF:

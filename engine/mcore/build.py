@@ -167,10 +167,12 @@ class Network(GPTModel):
     """GPTModel with the heads stages ask for: given labels it returns one number per token.
 
     head tokens: log p(label), computed chunk by chunk (linear_ce.py) without the padding of the vocabulary, at the places `asked` alone
-    (None: all); 1 or 0 while `is_greedy`: is the label the most probable token? head scalar: the value of each token.
+    (None: all), of the distribution at `temperature`; with its entropy, [b, s, 2], while `wants_entropy`; 1 or 0 while `is_greedy`: is the label
+    the most probable token? head scalar: the value of each token.
     """
 
-    is_greedy = False
+    is_greedy = wants_entropy = False
+    temperature = 1.0
     asked = None  # of the micro-batch at hand
 
     def __init__(self, *args, model, **kwargs):
@@ -194,8 +196,10 @@ class Network(GPTModel):
         if labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.temperature != 1.0:
+            hidden_states = hidden_states / self.temperature  # the output layer has no bias: so are the logits
         return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy,
-                                 asked=self.asked)
+                                 asked=self.asked, with_entropy=self.wants_entropy)
 
     def sharded_state_dict(self, *args, **kwargs):
         has_output, self.post_process = self.post_process, self.post_process and self.head == "tokens"

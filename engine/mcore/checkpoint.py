@@ -5,7 +5,8 @@
     tensors = read_tensors(folder)              # name -> whole tensor, lazily, without process groups
 
 The tensors are megatron dist_checkpointing (torch_dist): each global tensor is stored in shards with its offsets, so another
-layout reads what it needs. Beside them lie config.yaml (the run that wrote it) and position.json (step, samples, tokens).
+layout reads what it needs. Beside them lie config.yaml (the run that wrote it), position.json (step, samples, tokens), stage.json (what the
+stage keeps) and, where several networks learn, one such folder for each of the others: roles/critic.
 A folder appears under its name only when everything in it is written.
 Left out: asynchronous saving, hashes and clean-up of old folders.
 """
@@ -34,6 +35,7 @@ from engine.mcore import lora, optim_state, vocabulary
 from engine.mcore.build import bare
 from engine.run_folder import find
 
+STAGE = "stage.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
 
 
@@ -57,13 +59,30 @@ def folder_of(root: str | Path, step: int) -> Path:
 # --- saving and loading a model that is spread over ranks ------------------------------------------------------------
 
 
-def save(model, root: str | Path, position: Position) -> Path:
-    """Write model, optimizer, random states and position. Collective. Returns the folder."""
+def save(model, root: str | Path, position: Position, others: Mapping[str, object] | None = None, stage: Mapping[str, float] | None = None) -> Path:
+    """Write model, optimizer, random states and position. Collective. Returns the folder.
+
+    others: further networks that learn, each in a folder roles/NAME that is a checkpoint by itself. stage: what Stage.state says.
+    """
     final = folder_of(root, position.step)
     temporary = final.with_suffix(".tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    _write(model, temporary, position)
+    for name, other in (others or {}).items():
+        _write(other, temporary / "roles" / name, position)
+    if dist.get_rank() == 0:
+        (temporary / STAGE).write_text(json.dumps(dict(stage or {})))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _write_whole(Path(root) / TRACKER, f"{position.step}\n")
+    dist.barrier()
+    return final
+
+
+def _write(model, folder: Path, position: Position) -> None:
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
     dist.barrier()
     if model.optimizer is not None:
         model.gather_weights()
@@ -72,15 +91,10 @@ def save(model, root: str | Path, position: Position) -> Path:
         state["optimizer"] = optim_state.describe(model, state)
         state["random"] = _random_state(model.topology)
     force_all_tensors_to_non_fp8(state)
-    dist_checkpointing.save(state, str(temporary))
+    dist_checkpointing.save(state, str(folder))
     if dist.get_rank() == 0:
-        (temporary / "config.yaml").write_text(dump_config(model.run))
-        (temporary / "position.json").write_text(json.dumps(asdict(position)))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _write_whole(Path(root) / TRACKER, f"{position.step}\n")
-    dist.barrier()
-    return final
+        (folder / "config.yaml").write_text(dump_config(model.run))
+        (folder / "position.json").write_text(json.dumps(asdict(position)))
 
 
 def load(model, folder: str | Path, optimizer: bool = True) -> Position:
@@ -141,6 +155,13 @@ def read_config(folder: str | Path) -> RunConfig:
     # Not load_config: what a checkpoint was written with need not be a run that could start here (its data, its ranks).
     with _reading(found):
         return RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(found / "config.yaml")))
+
+
+def read_stage(folder: str | Path) -> dict[str, float]:
+    """What the stage that wrote a checkpoint said of its state."""
+    path = Path(folder) / STAGE
+    with _reading(folder):
+        return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _stored_keys(folder: Path) -> set[str]:
@@ -300,7 +321,7 @@ def _places(model, stored) -> Iterator[tuple[str, tuple[str, tuple]]]:
     for key, entry in stored.items():
         if not hasattr(entry, "size") or key.startswith("optimizer") or key.endswith("_extra_state"):
             continue
-        name = _unfused(key)
+        name = unfused(key)
         head, dot, tail = name.partition("decoder.layers.")
         if not dot:
             yield name, (key, ())
@@ -312,7 +333,7 @@ def _places(model, stored) -> Iterator[tuple[str, tuple[str, tuple]]]:
                 yield from _experts_of(f"decoder.layers.{layer}.{tail}", key, (layer,), model.moe.num_experts)
 
 
-def _unfused(key: str) -> str:
+def unfused(key: str) -> str:
     """The norm before a linear layer is stored under the te backend's name, as part of that layer."""
     return key.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
         "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")

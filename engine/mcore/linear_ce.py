@@ -1,10 +1,12 @@
 """The output layer and the loss in one: -log p(label) from hidden states, vocabulary split over tp, rows in chunks.
 
-    nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group)     # [tokens], fp32
+    nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group)                             # [tokens], fp32
+    nll, H = linear_cross_entropy(hidden, weight, labels, num_real, tp_group, with_entropy=True)       # and the entropy of each distribution
 
 The logits of a chunk of rows are used while they are still in cache: forward keeps them (once, in the model's precision) and
 the log-sum-exp; backward turns them into their own gradient in place. Plain log_softmax would hold them three times and read them
-from memory at every turn. Maths: nll = lse(z) - z[label], d nll / d z = softmax(z) - onehot(label).
+from memory at every turn. Maths, with p = softmax(z): nll = lse(z) - z[label], d nll / d z = p - onehot(label);
+H = -sum p log p, d H / d z = -p (log p + H).
 Left out: recomputing the logits in the backward pass instead of keeping them.
 """
 
@@ -22,9 +24,11 @@ class OutputLayer(ColumnParallelLinear):
     It stays a module with a forward: megatron's DDP waits for gathered parameters when a module is called.
     """
 
-    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0, is_greedy=False, asked=None):
+    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0, is_greedy=False, asked=None,
+                with_entropy=False):
         """input_ [s, b, h], labels [b, s] -> log p(label) [b, s], fp32, or with is_greedy (without gradients) 1 where no token is more
-        probable than the label, else 0; without labels logits, as megatron's.
+        probable than the label, else 0; with_entropy: [b, s, 2], log p(label) and the entropy of the distribution it is drawn from, in nats;
+        without labels logits, as megatron's.
 
         asked: int64 places in [s, b] that are wanted, counted through b first; all others get 0 and cost nothing.
         """
@@ -37,25 +41,32 @@ class OutputLayer(ColumnParallelLinear):
         flat, targets = hidden.reshape(-1, hidden.size(-1)), labels.t().reshape(-1)
         if asked is not None:
             flat, targets = flat.index_select(0, asked), targets.index_select(0, asked)
-        compute = is_most_probable if is_greedy else linear_log_probability
+        compute = is_most_probable if is_greedy else log_probability_and_entropy if with_entropy else linear_log_probability
         found = compute(flat, self.weight if weight is None else weight, targets, num_real, self.tp_group)
         if asked is not None:
-            found = found.new_zeros(labels.numel()).index_copy(0, asked, found)
-        return found.view(hidden.size(0), hidden.size(1)).t()
+            found = found.new_zeros(labels.numel(), *found.shape[1:]).index_copy(0, asked, found)
+        return found.view(hidden.size(0), hidden.size(1), *found.shape[1:]).transpose(0, 1)
 
 
-def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None) -> torch.Tensor:
+def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None, with_entropy: bool = False):
     """-log softmax(hidden @ weight^T)[label] over the first num_real ids of the whole vocabulary.
 
-    hidden [tokens, h]; weight [ids of this tp rank, h], ranks holding consecutive ids; labels int64 [tokens]. Returns fp32 [tokens].
+    hidden [tokens, h]; weight [ids of this tp rank, h], ranks holding consecutive ids; labels int64 [tokens]. Returns fp32 [tokens];
+    with_entropy: a pair, that and the entropy of each softmax, in nats.
     The gradient of hidden is this rank's share: the caller sums it over tp.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group, torch.is_grad_enabled(), with_entropy)
 
 
 def linear_log_probability(*args) -> torch.Tensor:
     """log p(label) fp32 [tokens], of linear_cross_entropy's arguments."""
     return -linear_cross_entropy(*args)
+
+
+def log_probability_and_entropy(*args) -> torch.Tensor:
+    """log p(label) and the entropy, fp32 [tokens, 2], of linear_cross_entropy's arguments."""
+    nll, entropy = linear_cross_entropy(*args, with_entropy=True)
+    return torch.stack([-nll, entropy], 1)
 
 
 @torch.no_grad()
@@ -76,7 +87,7 @@ def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> to
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward):
+    def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward, with_entropy):
         tp = tp_group.size() if tp_group is not None else 1
         local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
         chunks = list(_chunks(hidden.size(0), weight))
@@ -84,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_kept = hidden.size(0) if has_backward else min(chunks[0].stop, hidden.size(0)) if chunks else 0
         logits = hidden.new_empty(num_kept, weight.size(0))
         lse, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        entropy = torch.empty_like(lse) if with_entropy else None
         for rows in chunks:
             h = hidden[rows]
             z = torch.mm(h, weight.t(), out=logits[rows] if has_backward else logits[:len(h)])
@@ -91,31 +103,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
             picked[rows] = z.gather(1, local[rows, None])[:, 0].float()
             top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # a rank of nothing but padding has no finite logit
             top = top.float()
-            lse[rows] = (z.float() - top).exp_().sum(1).log() + top[:, 0]
+            below = z.float() - top
+            e = below.exp() if with_entropy else below.exp_()
+            total = e.sum(1)
+            lse[rows] = total.log() + top[:, 0]
+            if with_entropy:
+                total = total.clamp(min=1)  # which it is but on a rank of nothing but padding, where the entropy becomes 0
+                entropy[rows] = total.log() - torch.linalg.vecdot(e[:, :first_padding], below[:, :first_padding]) / total
         picked = picked.where(is_own, 0)
         if tp > 1:
             parts = [torch.empty_like(lse) for _ in range(tp)]
             dist.all_gather(parts, lse, group=tp_group)
-            lse = torch.stack(parts).logsumexp(0)
+            own_lse, lse = lse, torch.stack(parts).logsumexp(0)
             dist.all_reduce(picked, group=tp_group)
-        ctx.save_for_backward(hidden, weight, local, is_own, lse)
-        ctx.logits = logits
-        return lse - picked
+            if with_entropy:  # chain rule: which rank the token is on, and then which of its tokens
+                share = (own_lse - lse).exp()
+                entropy = torch.special.entr(share) + share * entropy
+                dist.all_reduce(entropy, group=tp_group)
+        ctx.save_for_backward(hidden, weight, local, is_own, lse, entropy)
+        ctx.logits, ctx.first_padding = logits, first_padding
+        return (lse - picked, entropy) if with_entropy else lse - picked
 
     @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, local, is_own, lse = ctx.saved_tensors
+    def backward(ctx, grad, grad_entropy=None):
+        hidden, weight, local, is_own, lse, entropy = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         grad_hidden = torch.empty_like(hidden)
         own = torch.where(is_own, grad, 0.0)
         for rows in _chunks(len(logits), weight):
             z = logits[rows]
-            p = z.float().sub_(lse[rows, None]).exp_().mul_(grad[rows, None])  # in fp32 this is z itself
+            logp = z.float().sub_(lse[rows, None])  # in fp32 this is z itself
+            if grad_entropy is None:
+                p = logp.exp_().mul_(grad[rows, None])
+            else:  # p grad - p (log p + H) grad_entropy
+                by_entropy = grad_entropy[rows, None]
+                p = logp.exp().mul_(logp.mul_(-by_entropy).add_(grad[rows, None] - entropy[rows, None] * by_entropy))
+                p[:, ctx.first_padding:] = 0  # 0 times an infinite log p
             p.scatter_add_(1, local[rows, None], -own[rows, None])
             if p is not z:
                 z.copy_(p)
             torch.mm(z, weight, out=grad_hidden[rows])
-        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None, None
+        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 def _place(weight, labels, num_real: int, tp_group):

@@ -10,8 +10,10 @@ The loss is divided by the global count before the backward pass, so gradients n
 sensible numbers. Left out: which samples, and when to stop (engine/train.py).
 """
 
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from engine.mcore import build, masks, shared, tune
+from engine.mcore import build, generate, masks, shared, tune
+from engine.sampling import Generated, Sampling
+from engine.stage import Role
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,34 @@ class Result:
         return {name: total / count if count else float("nan") for name, (total, count) in self.sums.items()}
 
 
+def _awake(act):
+    """A method of ParallelModel that needs the weights on the device: of a role that rests in host memory they are there meanwhile."""
+
+    @wraps(act)
+    def awake(self, *args, **kwargs):
+        if not self.role.rests_on_host or self.topology.device == "cpu":
+            return act(self, *args, **kwargs)
+        for chunk in self.chunks:
+            chunk.to(self.topology.device)
+        try:
+            return act(self, *args, **kwargs)
+        finally:
+            for chunk in self.chunks:
+                chunk.to("cpu")
+
+    return awake
+
+
+def _outcome(act):
+    """(what act() returns, None), or (None, an error of a kind that any rank can raise again)."""
+    try:
+        return act(), None
+    except (ValueError, OSError) as error:  # a person's to mend
+        return None, ValueError(str(error))
+    except Exception:
+        return None, RuntimeError(traceback.format_exc())
+
+
 class NonFiniteGradient(ValueError):
     """The global gradient norm is NaN or infinite; no weight was changed."""
 
@@ -52,10 +84,12 @@ class NonFiniteGradient(ValueError):
 class ParallelModel:
     """One role of a stage, split over the ranks that `topology` describes."""
 
-    def __init__(self, run, topology, stage, role: str, train: bool = True, head: str = "tokens", adapters_of=None):
-        """train: False builds no optimizer and no gradients. head: see stage.Role. adapters_of: see build.for_role."""
-        run = build.for_role(run, train, head, adapters_of)
-        self.run, self.topology, self.stage, self.role = run, topology, stage, role
+    last: dict[str, float] = {}  # see engine/stage.py
+
+    def __init__(self, run, topology, stage, name: str, role: Role = Role(), adapters_of=None):
+        """Of a role that does not train no optimizer and no gradients are built. adapters_of: see build.for_role."""
+        run = build.for_role(run, role.train, role.head, adapters_of)
+        self.run, self.topology, self.stage, self.name, self.role = run, topology, stage, name, role
         self.on_te = build.backend_of(run, topology.device) == "te"
         if self.on_te:
             from engine.mcore import spec_te, tp_overlap
@@ -63,15 +97,17 @@ class ParallelModel:
             spec_te.check(run)
             if run.parallel.tp_comm_overlap:
                 tp_overlap.start(run)
-        self.chunks = build.build_model(run, topology.device, train)
+        self.chunks = build.build_model(run, topology.device, role.train)
+        for chunk in self.chunks:
+            build.bare(chunk).temperature = role.temperature
         self.config = self.chunks[0].config  # the one the schedules read
-        self.optimizer = build.build_optimizer(run, self.chunks) if train else None
-        self.shares_beginnings = getattr(stage, "has_pairs", False) and shared.is_possible(run, self.on_te)
-        self.pull = tune.PullToStart(run.tune.l2_to_init) if train and run.tune.l2_to_init else None
+        self.optimizer = build.build_optimizer(run, self.chunks) if role.train else None
+        self.rows_alike = getattr(stage, "rows_alike", 1) if shared.is_possible(run, self.on_te) else 1
+        self.pull = tune.PullToStart(run.tune.l2_to_init) if role.train and run.tune.l2_to_init else None
         self._forward_backward = get_forward_backward_func()
         self._metric_names: list[str] | None = None
         self._aux_divisor = 1.0
-        if train:
+        if role.train:
             self.config.grad_scale_func = self._scale_loss
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -83,7 +119,9 @@ class ParallelModel:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         get_moe_layer_wise_logging_tracker().clear()  # megatron sums MoE losses over calls, for observe.moe_losses
-        return self._run(micro_batches, forward_only=False)
+        result = self._run(micro_batches, forward_only=False)
+        self.last = result.means
+        return result
 
     @torch.no_grad()
     def step(self, lr: float, number: int = 1) -> float | None:
@@ -163,11 +201,13 @@ class ParallelModel:
         return self._run(micro_batches, forward_only=True)
 
     @torch.no_grad()
+    @_awake
     def score(self, micro_batches: list[dict]) -> list[torch.Tensor]:
         """The output of each micro-batch, fp32 [b, s], on every rank of the replica: the log-probability of each label where loss_mask
         is not 0, or with the scalar head one value per token. All micro-batches have one shape."""
         for chunk in self.chunks:
             chunk.eval()
+            build.bare(chunk).wants_entropy = False
         wanted = len(micro_batches)
         if self.run.parallel.vpp > 1:  # the interleaved schedule runs whole rounds of pp micro-batches
             micro_batches = micro_batches + [micro_batches[-1]] * (-wanted % self.topology.pp)
@@ -190,15 +230,37 @@ class ParallelModel:
             for network in networks:
                 network.is_greedy = False
 
+    @_awake
+    def generate(self, prompts: list[list[int]], sampling: Sampling, keys: list[int] | None = None, decode=None, on_token=None,
+                 batch: int = 0) -> list[Generated]:
+        """One answer for each prompt of this replica, on all its ranks; see engine/mcore/generate.py. Collective."""
+        return generate.generate(self, prompts, sampling, keys, decode, on_token, batch)
+
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all replicas."""
         values = values.to(self.topology.device, copy=True)
         dist.all_reduce(values, group=mpu.get_data_parallel_group())
         return values
 
+    def gathered(self, act: Callable[[], list]) -> list:
+        """What act() returns, called on one rank of every replica, replica by replica, on every rank. An error of any is raised on all."""
+        t, found = self.topology, [None]
+        if t.tp_rank == t.pp_rank == t.cp_rank == 0:
+            found = [None] * t.dp
+            dist.all_gather_object(found, _outcome(act), group=mpu.get_data_parallel_group())
+            found = [found]
+        for group in (mpu.get_context_parallel_group(), mpu.get_model_parallel_group()):
+            dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
+        for things, error in found[0]:
+            if error:
+                raise error
+        return [thing for things, _ in found[0] for thing in things]
+
     # --- one pass through the schedule ------------------------------------------------------------------------------
 
     def _run(self, micro_batches: list[dict], forward_only: bool) -> Result:
+        for chunk in self.chunks:
+            build.bare(chunk).wants_entropy = self.role.wants_entropy
         count = self._global_count(micro_batches)
         batches = self._fed(micro_batches)
         self._aux_divisor = self._tokens_for_aux(batches)
@@ -219,15 +281,15 @@ class ParallelModel:
         )
 
     def _fed(self, micro_batches: list[dict]) -> list[dict]:
-        """What the network is fed with, on this rank's device: the micro-batches, pairs merged where that saves work."""
-        if self.shares_beginnings:
-            rows, seq_len = micro_batches[0]["tokens"].shape
-            width = torch.tensor(max(shared.width(batch) for batch in micro_batches), device=self.topology.device)
+        """What the network is fed with, on this rank's device: the micro-batches, rows that begin alike merged where that saves work."""
+        rows, seq_len = micro_batches[0]["tokens"].shape
+        if self.rows_alike > 1 and rows % self.rows_alike == 0:
+            width = torch.tensor(max(shared.width(batch, self.rows_alike) for batch in micro_batches), device=self.topology.device)
             dist.all_reduce(width, op=dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())  # one shape, and one decision, for all replicas
             multiple = self.topology.sequence_multiple(self.run)
             width = -(-int(width) // multiple) * multiple
-            if width <= shared.WORTH * 2 * seq_len:
-                micro_batches = [shared.merge(batch, width) for batch in micro_batches]
+            if width <= shared.WORTH * self.rows_alike * seq_len:
+                micro_batches = [shared.merge(batch, width, self.rows_alike) for batch in micro_batches]
         return [self._place(batch) for batch in micro_batches]
 
     def _place(self, batch: dict) -> dict:
@@ -255,7 +317,7 @@ class ParallelModel:
         return {"asked": asked} if len(asked) < 0.9 * mask.numel() else {}
 
     def _global_count(self, batches) -> torch.Tensor:
-        count = sum(self.stage.count(self.role, batch) for batch in batches).float().reshape(1)
+        count = sum(self.stage.count(self.name, batch) for batch in batches).float().reshape(1)
         count = count.to(self.topology.device)
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
         return count
@@ -302,7 +364,7 @@ class ParallelModel:
 
     def _loss(self, batch, output, count):
         """Output [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
-        loss = self.stage.loss(self.role, self._whole(output, batch), batch.get("of", batch))
+        loss = self.stage.loss(self.name, self._whole(output, batch), batch.get("of", batch))
         report = {"loss": (loss.sum.detach().clone(), torch.zeros_like(count)), **loss.metrics}  # clone: the schedule divides in place
         return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=output.device), report
 

@@ -119,6 +119,8 @@ class Attention(MegatronModule):
     `engine/mcore/masks.py` builds it, in the key order that context parallel gathers (see there).
     """
 
+    cache = None  # while answers are drawn, this layer's kv_cache.LayerCache
+
     def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
                  cp_comm_type=None, pg_collection=None):
         super().__init__(config=config)
@@ -131,7 +133,11 @@ class Attention(MegatronModule):
     def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
         assert attention_bias is None and packed_seq_params is None, "the torch backend takes document masks, not packed sequences"
-        if self.cp_group is not None:
+        if self.cache is not None:
+            if self.cache.rows.reading is None:
+                return self.cache.attend(query, key, value, self.scale, self.window)
+            self.cache.keep(key, value)
+        elif self.cp_group is not None:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
         # [b, heads, s, d], contiguous: rope leaves query and key so, and for the value the copy costs less than it saves.

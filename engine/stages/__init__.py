@@ -1,6 +1,6 @@
 """Training stages, one file each. The name a configuration uses leads to `module:class`, imported when asked for.
 
-TEXT learn from plain text (launch/pretrain.py), ALIGN from conversations and preferences (launch/align.py). A stage outside this
+TEXT learn from plain text (launch/pretrain.py), ALIGN from conversations, preferences and rewards (launch/align.py). A stage outside this
 tree is named by its own `package.module:Class` and runs under either command.
 """
 
@@ -18,6 +18,9 @@ ALIGN = {
     "sft": "engine.stages.sft:Sft",
     "reward": "engine.stages.reward:Reward",
     "dpo": "engine.stages.dpo:Dpo",
+    "online_dpo": "engine.stages.online_dpo:OnlineDpo",
+    "ppo": "engine.stages.ppo:Ppo",
+    "grpo": "engine.stages.grpo:Grpo",
 }
 STAGES = TEXT | ALIGN
 

@@ -47,6 +47,7 @@ class Dpo(Stage):
         self.options = run.dpo
         self.has_reference = run.dpo.loss not in WITHOUT_REFERENCE
         self.has_pairs = run.dpo.loss != "kto"
+        self.rows_alike = 2 if self.has_pairs else 1
         self.has_nll = run.dpo.nll_weight > 0 or run.dpo.loss == "orpo"
         self.roles = {"policy": Role()}
         if self.has_reference and run.dpo.reference == "role":
@@ -88,9 +89,12 @@ class Dpo(Stage):
     def _items_per_token(self, micro_batches, policy):
         """What turns a sum over chosen tokens, divided by the count, into a mean over them: items / tokens of the global batch, []."""
         items = sum(self.count("policy", batch) for batch in micro_batches)
-        tokens = sum(batch["loss_mask"][self._is_chosen(batch)].sum() for batch in micro_batches)
+        tokens = sum(self._chosen_tokens(batch) for batch in micro_batches)
         items, tokens = policy.total(torch.stack([items, tokens]))
         return items / tokens.clamp(min=1)  # a batch of kto may hold no chosen answer
+
+    def _chosen_tokens(self, batch):
+        return batch["loss_mask"][self._is_chosen(batch)].sum()
 
     # --- the loss -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from engine.stage import Loss, Role, Stage
 
 class Reward(Stage):
     roles = {"policy": Role(head="scalar")}
-    has_pairs = True
+    rows_alike = 2
 
     def configure(self, run):
         """Sets the scalar head, and what conversations need."""

@@ -1,16 +1,18 @@
 """From a base model through SFT, a reward model and DPO, on two CPU ranks, with a table of held-out measures.
 
-    python examples/align_tiny/run.py
+    python examples/align_tiny/run.py [--until sft]
 
 Every step is a command of launch/ or data_tools/, printed before it runs; finished steps are not repeated (remove work/ to start anew).
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT, WORK = HERE.parents[1], HERE / "work"
+STAGES = ("sft", "reward", "dpo")
 sys.path.insert(0, str(ROOT))
 
 
@@ -38,14 +40,19 @@ def measure(model: str, config: str) -> dict:
 def main() -> int:
     from engine.log import read_metrics
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to train; the table needs all")
+    until = parser.parse_args().until
     data = WORK / "data"
     if not (data / "pairs_held.jsonl").is_file():
         call("examples/align_tiny/tasks.py", "--output-dir", str(data))
     if not (data / "text_text_document.idx").is_file():
         call("data_tools/preprocess.py", "--input", str(data / "text.jsonl"), "--output-prefix", str(data / "text"), "--tokenizer", "bytes", "--append-eod")
     launch("pretrain", "pretrain")
-    for stage in ("sft", "reward", "dpo"):
+    for stage in STAGES[:STAGES.index(until) + 1]:
         launch("align", stage)
+    if until != STAGES[-1]:
+        return 0
 
     rows = []
     for model in ("base", "sft", "dpo"):

@@ -308,13 +308,14 @@ def prepared(run, num_train):
     from engine.data.loader import Loader
     from engine.mcore import topology
     from engine.mcore.run import ParallelModel
+    from engine.stage import Role
     from engine.stages import build_stage
 
     stage = build_stage("dpo")
     run = stage.configure(run)
     place = topology.start(run)
     make_loader = lambda dataset: Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, multiple=8)  # noqa: E731
-    return run, place, stage.datasets(run, num_train, 0)[0], make_loader, ParallelModel(run, place, stage, "reference", train=False)
+    return run, place, stage.datasets(run, num_train, 0)[0], make_loader, ParallelModel(run, place, stage, "reference", Role(train=False))
 
 
 def stored_files(run):

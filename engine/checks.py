@@ -18,7 +18,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
-              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _phases, _frozen_parts, _something_learns,
+              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
@@ -412,6 +412,19 @@ def _average(run):
                "lower one of them, or set average.kind=none")
     if run.train.fp8.params:
         yield "average.kind needs parameters in plain precision, but train.fp8.params=true; set one of them otherwise"
+
+
+def _stop_when(run):
+    goal, train = run.train.stop_when, run.train
+    if not goal.metric:
+        return
+    if goal.at_most is None and goal.at_least is None:
+        yield f"train.stop_when.metric={goal.metric} has no limit; give at_most or at_least"
+    if not (train.eval_every and train.eval_samples):
+        yield (f"train.stop_when waits for validations, but train.eval_every is {train.eval_every} and eval_samples {train.eval_samples}; "
+               "set both above 0")
+    if goal.set and run.data.valid and goal.set not in run.data.valid:
+        yield f"train.stop_when.set={goal.set} is no validation set; data.valid has {', '.join(run.data.valid)}"
 
 
 def _world(run, world_size: int):

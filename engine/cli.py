@@ -40,10 +40,10 @@ def guarded(config: str, overrides: list[str], act, stages=STAGES, instead: dict
     try:
         run = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)), instead=instead)
     except ConfigError as error:
-        return _say(f"{config}: {len(error.problems)} mistake{'s' * (len(error.problems) > 1)} in the configuration\n{error}", USAGE)
+        return say(f"{config}: {len(error.problems)} mistake{'s' * (len(error.problems) > 1)} in the configuration\n{error}", USAGE)
     if run.stage in STAGES and run.stage not in stages:
         command = "launch/align.py" if run.stage in ALIGN else "launch/pretrain.py"
-        return _say(f"stage={run.stage} is run by {command}; this command runs {', '.join(stages)}", USAGE)
+        return say(f"stage={run.stage} is run by {command}; this command runs {', '.join(stages)}", USAGE)
     return _acted(act, run)
 
 
@@ -54,20 +54,20 @@ def _acted(act, run) -> int:
     try:
         act(run)
     except ConfigError as error:  # what only a checkpoint or a tokenizer could tell
-        return _say(f"error:\n{error}", USAGE)
+        return say(f"error:\n{error}", USAGE)
     except (ValueError, OSError) as error:  # what a person must mend; anything else is ours and keeps its traceback
-        return _say(f"error: {error}", ERROR)
+        return say(f"error: {error}", ERROR)
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PEER):
             raise
-        return _say("error: another rank has ended, so this one cannot go on; that rank's own message says why", ERROR)
+        return say("error: another rank has ended, so this one cannot go on; that rank's own message says why", ERROR)
     except KeyboardInterrupt:
-        return _say("interrupted", ERROR)
+        return say("interrupted", ERROR)
     topology.stop()
     return OK
 
 
-def _say(message: str, code: int) -> int:
+def say(message: str, code: int) -> int:
     """Print without a traceback, once per machine: ranks that fail alike say so once, and whichever is first says it, because
     torchrun ends the others as soon as one has left."""
     if "RANK" not in os.environ or _is_first_to_say(message):

@@ -257,6 +257,17 @@ class Fp8(Section):
     """Steps of the delayed recipe's history."""
 
 
+class StopWhen(Section):
+    metric: str = ""
+    """A number of validation, such as valid_loss or reward/exact; empty never stops."""
+    set: str = ""
+    """The validation set it is taken of; empty means the first."""
+    at_most: float | None = None
+    """Stop once the number is this or less."""
+    at_least: float | None = None
+    """Stop once the number is this or more."""
+
+
 class Train(Section):
     seq_len: int = Field(ge=2)
     """Tokens per sample."""
@@ -284,6 +295,8 @@ class Train(Section):
     """torch.compile every layer."""
     eval_every: int = Field(0, ge=0)
     """Steps between validations; 0 validates only at the end."""
+    stop_when: StopWhen = StopWhen()
+    """Save and stop after a validation that found this; train.steps is then the limit."""
     eval_at_start: bool = False
     """Validate before the first step too."""
     eval_samples: int = Field(0, ge=0)

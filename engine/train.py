@@ -73,7 +73,7 @@ class Trainer:
         log.resume(position.step)
         clock = Clock(run, position)
         started = saved = position.step
-        self.validated = None
+        self.validated, self.has_reached_goal = None, False
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
@@ -97,7 +97,7 @@ class Trainer:
                     self._validate(position)
                 if _due(run.checkpoint.save_every, position.step):
                     saved = self._save(position)
-                if clock.is_over(position):
+                if self.has_reached_goal or clock.is_over(position):
                     break
 
         if run.train.eval_samples and not self._is_validated(position.step):
@@ -216,10 +216,25 @@ class Trainer:
         """Every validation set, with the weights as they are and with their average."""
         self.validated = position.step
         for name, loader in self.validation.items():
-            self.log.validation(name, position.step, *self._measured(loader))
+            loss, means = self._measured(loader)
+            self.log.validation(name, position.step, loss, means)
+            self.has_reached_goal |= self._is_goal(name, means if loss is None else {"valid_loss": loss, **means})
             if self.average.num_taken:
                 with self.average.swapped():
                     self.log.validation(f"{name}/average", position.step, *self._measured(loader))
+
+    def _is_goal(self, name: str, means: dict[str, float]) -> bool:
+        """Is this what train.stop_when waits for? The same on every rank, since the means are."""
+        goal = self.run.train.stop_when
+        if not goal.metric or name != (goal.set or next(iter(self.validation))):
+            return False
+        if goal.metric not in means:
+            raise ValueError(f"train.stop_when.metric={goal.metric} is no number of the validation set {name}; there are {', '.join(sorted(means))}")
+        value = means[goal.metric]
+        reached = (goal.at_most is not None and value <= goal.at_most) or (goal.at_least is not None and value >= goal.at_least)
+        if reached:
+            self.log.note(f"train.stop_when: {goal.metric} of {name} is {value:.6g}; training stops")
+        return reached
 
     def _is_validated(self, step: int) -> bool:
         """Has this process, or one before it that was killed after its last checkpoint, validated these weights? One answer on all ranks."""

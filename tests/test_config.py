@@ -48,7 +48,13 @@ def problems(load):
 
 
 # One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
+VALID = ["data.valid.held_out=[there]", "train.eval_samples=8", "train.eval_every=5", "train.stop_when.metric=valid_loss"]
 REFUSALS = [
+    (VALID, None, "train.stop_when.metric=valid_loss has no limit; give at_most or at_least"),
+    ([*VALID[:2], VALID[3], "train.stop_when.at_most=2"], None,
+     "train.stop_when waits for validations, but train.eval_every is 0 and eval_samples 8; set both above 0"),
+    ([*VALID, "train.stop_when.at_most=2", "train.stop_when.set=other"], None,
+     "train.stop_when.set=other is no validation set; data.valid has held_out"),
     (["stage=pretran"], None, "stage=pretran is unknown; did you mean pretrain?"),
     (["model.hidden_size=68"], None, "model.hidden_size(68) is not divisible by num_attention_heads(8); set model.head_dim or change one of them"),
     (["model.num_query_groups=3"], None, "model.num_attention_heads(8) is not divisible by num_query_groups(3); legal num_query_groups: 1, 2, 4, 8"),

@@ -176,6 +176,23 @@ def test_validation_is_a_mean_over_tokens(raw_run, corpus, tmp_path):
     assert found["held_out"][-1]["valid_loss"] != found["other"][-1]["valid_loss"]
 
 
+def test_a_run_stops_and_saves_when_validation_has_found_enough(raw_run, corpus):
+    from engine.log import read_metrics
+
+    valid = {"data": {"valid": {"held_out": [corpus["valid"]]}}, "train": {"eval_samples": 4, "eval_every": 2}}
+    whole = merged(raw_run, valid)
+    on_ranks(2, whole)
+    losses = column(read_metrics(whole["run"]["dir"], "held_out"), "valid_loss")
+    assert losses[0] > losses[1] > losses[2]
+    limit = (losses[0] + losses[1]) / 2
+    folder = f"{whole['run']['dir']}-enough"
+    stopped = merged(whole, {"run": {"dir": folder}, "parallel": {"pp": 2}, "train": {"stop_when": {"metric": "valid_loss", "at_most": limit}}})
+    assert column(on_ranks(2, stopped), "step") == [1, 2, 3, 4]
+    assert Path(folder, "checkpoints/iter_0000004/metadata.json").is_file()
+    with pytest.raises(ranks.RankError, match="valid_los is no number of the validation set held_out; there are valid_loss"):
+        on_ranks(1, merged(stopped, {"run": {"dir": f"{folder}2"}, "parallel": {"pp": 1}, "train": {"stop_when": {"metric": "valid_los"}}}))
+
+
 def test_a_run_killed_before_its_last_validation_makes_up_for_it(raw_run, corpus):
     from engine.log import read_metrics
 

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "engine.mcore": {"engine.mcore"},
     "engine.train": {"engine.checks", "engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics"},
     "engine.score": {"engine.train", "engine.data", "engine.mcore", "engine.losses", "data_tools"},
+    "engine.write": {"engine.train", "engine.score", "engine.data", "engine.hf", "engine.mcore", "data_tools"},
     "engine.recipe": {"engine.recipe", "engine.stages", "engine.schedule", "engine.metrics"},
     "engine.cli": {"engine.train", "engine.mcore", "engine.stages"},
     "data_tools": {"data_tools", "engine.data"},

@@ -1,4 +1,4 @@
-"""The example's data: the sums of examples/align_tiny as prompts with the answer a verifier compares with.
+"""The example's data: the sums of examples/align_tiny as bare prompts ("52 - 99 =") with the answer a verifier compares with.
 
     python examples/rl_tiny/prompts.py --data-dir examples/align_tiny/work/data --output-dir examples/rl_tiny/work/data
 
@@ -24,7 +24,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, sources in (("prompts", ["pairs"]), ("held", ["chat_held", "pairs_held"])):
         found = [pair for source in sources for pair in pairs(args.data_dir / f"{source}.jsonl")]
-        lines = (json.dumps({"messages": [{"role": "user", "content": question}], "answer": answer}) + "\n" for question, answer in found)
+        lines = (json.dumps({"prompt": question.split(": ")[-1], "answer": answer}) + "\n" for question, answer in found)
         (args.output_dir / f"{name}.jsonl").write_text("".join(lines))
 
 

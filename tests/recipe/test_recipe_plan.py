@@ -154,7 +154,7 @@ def test_a_measure_takes_the_network_that_is_there(tmp_path):
 
 def test_the_example_could_start():
     plan = make_plan(ROOT / "examples/full_recipe/recipe.yaml")
-    assert [step.kind for step in plan.steps] == ["pretrain", "long_context", "anneal", "sft", "reward", "dpo"]
+    assert [step.kind for step in plan.steps] == ["pretrain", "long_context", "anneal", "sft", "reward", "dpo", "grpo"]
     assert plan.step("dpo").start == "sft" and plan.step("sft").run.model.rope_theta == 20000      # that of the ladder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from engine import rl
 from engine.stages.online import Answer, Online
-from engine.stages.policy_gradient import action_mask, policy_loss
+from engine.stages.policy_gradient import action_mask, loss_problems, policy_loss
 
 
 class Grpo(Online):
@@ -23,8 +23,9 @@ class Grpo(Online):
         return super().configure(run)
 
     def problems(self, run):
-        yield from super().problems(run)
         o = run.grpo
+        yield from super().problems(run)
+        yield from loss_problems("grpo", o)
         if o.overlong_buffer > run.rollout.max_new_tokens:
             yield (f"grpo.overlong_buffer({o.overlong_buffer}) is more than rollout.max_new_tokens({run.rollout.max_new_tokens}), of which it is "
                    "the last part; lower it")

@@ -25,6 +25,7 @@ from engine.losses import rewards as values_at
 from engine.rewards import Item, Scorer, name_of
 from engine.run_folder import find
 from engine.sampling import Generated, Sampling
+from engine.schedule import planned_steps
 from engine.stage import Role, Stage
 from engine.stages import loaded
 
@@ -64,7 +65,6 @@ class Online(Stage):
         self.run = run = conversations.configured(run)
         if problems := list(self.problems(run)):
             raise ConfigError(problems)
-        self.scorer = Scorer(run.rewards)
         self.roles = {"policy": Role(temperature=run.rollout.temperature, wants_entropy=self.wants_entropy(run))}
         rests = run.rollout.offload_frozen
         if self.needs_reference(run):
@@ -74,6 +74,7 @@ class Online(Stage):
             _refuse_other_tokenizer(run)
         self.ahead: tuple[int, list[Answer]] | None = None  # answers drawn before the updates of the step before, and in which step
         self._report: dict[str, float] = {}
+        self.scorer = Scorer(run.rewards)  # last: what it starts is for `close` to end
         return run
 
     def problems(self, run):
@@ -87,8 +88,8 @@ class Online(Stage):
         if len(judges) > 1:
             yield "rewards: one part of kind model is all that there is a role for; mix other checkpoints through kind python"
         if run.rollout.minibatches > run.train.global_batch:
-            yield (f"rollout.minibatches({run.rollout.minibatches}) is more than the prompts of a step, train.global_batch({run.train.global_batch}); "
-                   "lower it")
+            yield (f"rollout.minibatches({run.rollout.minibatches}) is more than the prompts of a step, train.global_batch({run.train.global_batch})"
+                   "; lower it")
         if judges and not run.checkpoint.roles.get("reward"):
             yield "rewards: a part of kind model needs the reward model's checkpoint in checkpoint.roles.reward"
         if not judges and "reward" in run.checkpoint.roles:
@@ -144,14 +145,15 @@ class Online(Stage):
     def _is_saved_after(self, step: int) -> bool:
         """Nothing is drawn ahead of a checkpoint, so that a run that resumes from it goes on as if it had never stopped."""
         every = self.run.checkpoint.save_every
-        return step == self.run.train.steps or every > 0 and step % every == 0
+        return step == planned_steps(self.run.train) or every > 0 and step % every == 0
 
     def answers(self, micro_batches, models, sampling: Sampling | None = None) -> list[Answer]:
         """Answers to the prompts of a global batch, of which this replica's are given: judged, those to one prompt together, in the
         order of sample numbers. Collective."""
         sampling, per_prompt = (sampling, 1) if sampling else (self.sampling, self.run.rollout.samples_per_prompt)
         asked = [(int(number), int(dataset), tokens[:length].tolist())
-                 for batch in micro_batches for number, dataset, tokens, length in zip(*(batch[k] for k in ("number", "dataset", "tokens", "lengths")))
+                 for batch in micro_batches
+                 for number, dataset, tokens, length in zip(*(batch[k] for k in ("number", "dataset", "tokens", "lengths")))
                  for _ in range(per_prompt)]
         keys = [number * per_prompt + k % per_prompt for k, (number, _, _) in enumerate(asked)]
         said = models["policy"].generate([prompt for _, _, prompt in asked], sampling, keys, self.decode, batch=self.run.rollout.batch)
@@ -276,5 +278,5 @@ def _refuse_other_tokenizer(run) -> None:
         raise ConfigError([f"checkpoint.roles.reward={run.checkpoint.roles['reward']} holds no complete checkpoint (iter_*/metadata.json)"])
     theirs = loaded.config(folder).data.tokenizer
     if theirs and not same_tokenizer(theirs, run.data.tokenizer):
-        raise ConfigError([f"checkpoint.roles.reward={folder} was trained on the tokens of {theirs}, the policy speaks those of {run.data.tokenizer}; "
-                           "its rewards would mean nothing. Train a reward model with the policy's tokenizer"])
+        raise ConfigError([f"checkpoint.roles.reward={folder} was trained on the tokens of {theirs}, the policy speaks those of {run.data.tokenizer}"
+                           "; its rewards would mean nothing. Train a reward model with the policy's tokenizer"])

@@ -7,7 +7,7 @@ online DPO (arXiv 2402.04792). Prompts whose answers are all worth the same make
 
 import torch
 
-from engine.stage import Loss, Role
+from engine.stage import Loss
 from engine.stages.dpo import Dpo
 from engine.stages.online import Answer, Online
 
@@ -29,9 +29,7 @@ class OnlineDpo(Online):
     def configure(self, run):
         self.dpo = WeightedDpo()
         self.dpo.configure(run)
-        run = super().configure(run)
-        self.roles = {name: Role(role.head, role.train, temperature=role.temperature, rests_on_host=role.rests_on_host) for name, role in self.roles.items()}
-        return run
+        return super().configure(run)
 
     def problems(self, run):
         yield from super().problems(run)
@@ -39,13 +37,17 @@ class OnlineDpo(Online):
             yield "dpo.loss=kto learns from single answers, but stage=online_dpo makes pairs; take dpo.loss=dpo"
         if run.dpo.reference == "stored":
             yield "dpo.reference=stored keeps the log-probabilities of given answers, but stage=online_dpo draws new ones; set dpo.reference=role"
+        if run.rollout.importance_cap:
+            yield f"rollout.importance_cap({run.rollout.importance_cap:g}) is not read by stage=online_dpo, whose loss takes no ratios; leave it out"
+        if run.rollout.micro_batch % 2:
+            yield f"rollout.micro_batch({run.rollout.micro_batch}) would part the two answers of a pair; take an even number"
 
     def needs_reference(self, run):
         return self.dpo.has_reference
 
     @property
     def rows_at_once(self):
-        return 2 * self.run.train.micro_batch
+        return self.run.rollout.micro_batch or 2 * self.run.train.micro_batch
 
     def prepare(self, answers, models):
         pairs, scores = _pairs(answers, self.run.rollout.samples_per_prompt)

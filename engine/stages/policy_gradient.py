@@ -12,6 +12,13 @@ from engine import rl
 from engine.stage import Loss
 
 
+def loss_problems(section: str, options):
+    """One sentence for each mistake in the options of the section ppo or grpo that the loss reads."""
+    if 0 < options.dual_clip <= 1:
+        yield (f"{section}.dual_clip({options.dual_clip}) bounds the loss where the policy has not moved yet; set it above 1 (usually 3), or to 0, "
+               "which is off")
+
+
 def action_mask(batch) -> torch.Tensor:
     """1 where a label is the policy's and the row counts, [b, s]."""
     return batch["loss_mask"] * batch["weights"][:, None]

@@ -12,7 +12,7 @@ import torch
 from engine import rl
 from engine.stage import Loss, Role
 from engine.stages.online import Online
-from engine.stages.policy_gradient import action_mask, policy_loss
+from engine.stages.policy_gradient import action_mask, loss_problems, policy_loss
 
 
 class Ppo(Online):
@@ -26,11 +26,16 @@ class Ppo(Online):
         return run
 
     def problems(self, run):
+        o, num_answers = run.ppo, run.train.global_batch * run.rollout.samples_per_prompt
         yield from super().problems(run)
-        if run.ppo.critic_warmup >= run.train.steps > 0:
-            yield f"ppo.critic_warmup({run.ppo.critic_warmup}) leaves the policy none of train.steps({run.train.steps}); lower it"
-        if run.ppo.kl_control == "adaptive" and not run.ppo.kl_coef:
+        yield from loss_problems("ppo", o)
+        if o.critic_warmup >= run.train.steps > 0:
+            yield f"ppo.critic_warmup({o.critic_warmup}) leaves the policy none of train.steps({run.train.steps}); lower it"
+        if o.kl_control == "adaptive" and not o.kl_coef:
             yield "ppo.kl_control=adaptive multiplies ppo.kl_coef, which is 0; give it a first value"
+        if o.kl_control == "adaptive" and o.kl_horizon <= num_answers / 5:
+            yield (f"ppo.kl_horizon({o.kl_horizon:g}) lets one step of {num_answers} answers (train.global_batch * rollout.samples_per_prompt) take "
+                   f"kl_coef below 0; raise it well above {num_answers / 5:g}")
 
     def needs_reference(self, run):
         return run.ppo.kl_coef > 0

@@ -115,10 +115,13 @@ class RunLog:
         if numbers:
             self._show(f" {name} at iteration {step} | " + " | ".join(f"{key}: {value:.6G}" for key, value in numbers.items()) + " | ")
 
-    def has_validation(self, step: int) -> bool:
-        """Does this run's metrics.jsonl hold a validation after `step`? Known on rank 0."""
+    def validations(self, step: int) -> dict[str, dict]:
+        """What this run's metrics.jsonl holds of validations after `step`, by set; known on rank 0."""
         path = self.dir / "metrics.jsonl"
-        return self.is_writer and path.exists() and any("split" in record and record["step"] == step for record in map(_parsed, open(path, "rb")) if record)
+        if not self.is_writer or not path.exists():
+            return {}
+        with open(path, "rb") as file:
+            return {record["split"]: record for record in map(_parsed, file) if record and "split" in record and record["step"] == step}
 
     def validation(self, name: str, step: int, loss: float | None, extra: dict | None = None) -> None:
         """Mean loss over the validation set `name` after `step` (None: the stage has none); `extra` holds further numbers of it."""

@@ -73,12 +73,12 @@ class Trainer:
         log.resume(position.step)
         clock = Clock(run, position)
         started = saved = position.step
-        self.validated, self.has_reached_goal = None, False
+        self._remember_validations(position.step)
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
         with Feed(run, loader, position, stage.draws_freely) as feed:
-            while position.step < schedule.planned_steps(run.train):
+            while position.step < schedule.planned_steps(run.train) and not self.has_reached_goal:
                 feed.step = position.step + 1
                 lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
                 drawn = stage.draw(feed, self.models)
@@ -97,10 +97,10 @@ class Trainer:
                     self._validate(position)
                 if _due(run.checkpoint.save_every, position.step):
                     saved = self._save(position)
-                if self.has_reached_goal or clock.is_over(position):
+                if clock.is_over(position):
                     break
 
-        if run.train.eval_samples and not self._is_validated(position.step):
+        if run.train.eval_samples and self.validated != position.step:
             self._validate(position)
         if run.checkpoint.save_at_end and saved != position.step:
             self._save(position)
@@ -223,6 +223,13 @@ class Trainer:
                 with self.average.swapped():
                     self.log.validation(f"{name}/average", position.step, *self._measured(loader))
 
+    def _remember_validations(self, step: int) -> None:
+        """What a process before this one has found of these weights: a killed one may have, or not."""
+        known = [self.log.validations(step)]
+        dist.broadcast_object_list(known, src=0)
+        self.validated = step if known[0] else None
+        self.has_reached_goal = any(self._is_goal(name, means) for name, means in known[0].items() if name in self.validation)
+
     def _is_goal(self, name: str, means: dict[str, float]) -> bool:
         """Is this what train.stop_when waits for? The same on every rank, since the means are."""
         goal = self.run.train.stop_when
@@ -235,12 +242,6 @@ class Trainer:
         if reached:
             self.log.note(f"train.stop_when: {goal.metric} of {name} is {value:.6g}; training stops")
         return reached
-
-    def _is_validated(self, step: int) -> bool:
-        """Has this process, or one before it that was killed after its last checkpoint, validated these weights? One answer on all ranks."""
-        answer = [self.validated == step or self.log.has_validation(step)]
-        dist.broadcast_object_list(answer, src=0)
-        return answer[0]
 
     def _measured(self, loader) -> tuple[float | None, dict[str, float]]:
         """Mean loss over train.eval_samples, if the stage validates one, and the means of the stage's metrics."""
@@ -301,9 +302,9 @@ class Feed:
         self.run, self.step = run, position.step
         self._ends = [position.consumed_samples]  # of the global batches taken, from the last one that an earlier step used
         planned = None if freely else schedule.planned_steps(run.train) - position.step
-        self._sizes = self._positions(planned)
-        ahead = self._positions(planned)
-        self._batches = Prefetcher(loader, ahead) if run.data.prefetch else (loader.batches(*where) for where in ahead)
+        taken, read = (_global_batches(run.train, position.consumed_samples, planned) for _ in range(2))
+        self._sizes = taken
+        self._batches = Prefetcher(loader, read) if run.data.prefetch else (loader.batches(*where) for where in read)
 
     def __next__(self):
         micro_batches = next(self._batches)
@@ -326,12 +327,13 @@ class Feed:
         """What the step underway has read."""
         return f"samples {self._ends[0]} to {self._ends[-1] - 1}"
 
-    def _positions(self, num: int | None):
-        consumed = self._ends[0]
-        for _ in itertools.count() if num is None else range(num):
-            size = schedule.global_batch(consumed, self.run.train)
-            yield consumed, size
-            consumed += size
+
+def _global_batches(train, consumed: int, num: int | None):
+    """(first sample, samples) of the next global batches after `consumed` samples; num: how many, None without end."""
+    for _ in itertools.count() if num is None else range(num):
+        size = schedule.global_batch(consumed, train)
+        yield consumed, size
+        consumed += size
 
 
 class Updates:

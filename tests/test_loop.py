@@ -189,6 +189,7 @@ def test_a_run_stops_and_saves_when_validation_has_found_enough(raw_run, corpus)
     stopped = merged(whole, {"run": {"dir": folder}, "parallel": {"pp": 2}, "train": {"stop_when": {"metric": "valid_loss", "at_most": limit}}})
     assert column(on_ranks(2, stopped), "step") == [1, 2, 3, 4]
     assert Path(folder, "checkpoints/iter_0000004/metadata.json").is_file()
+    assert column(on_ranks(2, stopped), "step") == [1, 2, 3, 4]  # the same command knows that it is done
     with pytest.raises(ranks.RankError, match="valid_los is no number of the validation set held_out; there are valid_loss"):
         on_ranks(1, merged(stopped, {"run": {"dir": f"{folder}2"}, "parallel": {"pp": 1}, "train": {"stop_when": {"metric": "valid_los"}}}))
 

@@ -496,6 +496,19 @@ def test_a_step_reports_what_all_its_updates_found():
     assert updates.norm("policy") == 2.5 and updates.norm("critic") == 5.0 and updates.shapes == [(6, 8)] * 3
 
 
+def test_clipped_counts_what_the_objective_holds_back():
+    """The ratios 1.5, 1.5, 1, 0.5 and 0.5: ppo's clip depends on the sign of the advantage, cispo holds the weight on both sides."""
+    from engine.online_sections import Grpo, Rollout
+    from engine.stages.policy_gradient import policy_loss
+
+    rho, ones = torch.tensor([[1.5, 1.5, 1.0, 0.5, 0.5]]), torch.ones(1, 5)
+    batch = {"loss_mask": ones, "weights": torch.ones(1), "advantages": torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]]), "rollout_logps": 0 * ones,
+             "old_logps": 0 * ones}
+    for objective, held in (("grpo", 2), ("cispo", 4)):
+        found = policy_loss(Grpo(), Rollout(max_new_tokens=5), objective, rho.log(), batch, "tokens")
+        assert found.metrics["clipped"] == (held, 5)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------------
 
 MODEL = [{"kind": "model"}]

@@ -36,11 +36,12 @@ def policy_loss(options, rollout, objective: str, output, batch, average: str, k
     if rollout.importance_cap:
         loss = loss * rl.truncated_weights(old, drawn, rollout.importance_cap)
     rho, num_tokens = rl.ratio_of(objective, logp.detach(), old, mask), mask.sum()
+    is_held = rho != rho.clamp(1 - options.clip, 1 + clip_high) if objective == "cispo" else rl.is_clipped(rho, A, options.clip, clip_high)
     moved, found = rl.mismatch(logp.detach(), old, mask), rl.mismatch(old, drawn, mask)
     metrics = {
         "policy_loss": ((loss.detach() * mask).sum(), num_tokens),
         "ratio_error": (((rho - 1).abs() * mask).sum(), num_tokens),
-        "clipped": ((rl.is_clipped(rho, A, options.clip, clip_high) * mask).sum(), num_tokens),
+        "clipped": ((is_held * mask).sum(), num_tokens),
         "kl/update": (moved["k3"], num_tokens),
         "mismatch/k1": (found["k1"], num_tokens),
         "mismatch/k3": (found["k3"], num_tokens),

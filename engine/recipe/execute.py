@@ -97,9 +97,11 @@ class Execution:
         position = dict(loaded.position(found))
         planned = schedule.planned_steps(step.runs[-1].train)
         if position["step"] < planned:
-            if not step.run.train.max_minutes:
+            train = step.run.train
+            reasons = " or ".join(name for name, is_set in (("max_minutes", train.max_minutes), ("stop_when", train.stop_when.metric)) if is_set)
+            if not reasons:
                 raise RecipeStopped(f"{step.name} ended at step {position['step']} of {planned} by its last checkpoint; set checkpoint.save_at_end")
-            self.say(f"   {step.name} ended after train.max_minutes at step {position['step']} of {planned}")
+            self.say(f"   {step.name} ended by train.{reasons} at step {position['step']} of {planned}")
         parent = self.plan.step(entry["parents"]["load"]) if "load" in entry["parents"] else None
         spike = self.plan.recipe.spike
         boundary = outcome.boundary(step, parent, spike)

@@ -169,9 +169,13 @@ def test_a_stage_that_ended_without_its_last_checkpoint_is_not_done(tmp_path):
 
     with pytest.raises(RecipeStopped, match="base ended at step 4 of 6"):
         start(tmp_path, chain(), Short())
-    (tmp_path / "b").mkdir()
+    for name in "bc":
+        (tmp_path / name).mkdir()
     _, _, said = start(tmp_path / "b", chain(base={"keys": {**base()["keys"], "train": {**TRAIN, "max_minutes": 1}}}), Short())
-    assert "ended after train.max_minutes at step 4 of 6" in said
+    assert "ended by train.max_minutes at step 4 of 6" in said
+    goal = {**TRAIN, "eval_every": 2, "stop_when": {"metric": "valid_loss", "at_most": 2.0}}
+    _, _, said = start(tmp_path / "c", chain(base={"keys": {**base()["keys"], "train": goal}}), Short())
+    assert "ended by train.stop_when at step 4 of 6" in said
 
 
 # --- changed recipes ---------------------------------------------------------------------------------------------------------
@@ -339,7 +343,8 @@ def test_a_loss_that_is_higher_before_the_first_step_than_where_the_parent_ended
     found = state["stages"]["more"]["boundary"]
     assert found["before"] == 2.0 and found["start"] == 2.3 and found["start_ratio"] == pytest.approx(1.15)
     assert "more: loss spike at its start: 2.3000 on held_out before its first step, 1.15 times the 2.0000" in said
-    (tmp_path / "b").mkdir()
+    for name in "bc":
+        (tmp_path / name).mkdir()
     state, _, said = start(tmp_path / "b", recipe, Launcher({"base": 2.0, "start of more": 2.19}))
     assert "spike" not in said and state["stages"]["more"]["spikes"] == []
     (tmp_path / "c").mkdir()      # another number of rows: not the same measurement
@@ -352,7 +357,8 @@ def test_a_validation_set_that_is_cut_out_of_the_corpus_is_the_same_for_the_same
     recipe = chain(base={"keys": {**base()["keys"], **cut}}, more={"keys": {"stage": "continued", **cut}})
     state, _, _ = start(tmp_path, recipe, Launcher({"base": 2.0, "start of more": 2.3}, split="valid"))
     assert state["stages"]["more"]["boundary"]["start_ratio"] == pytest.approx(1.15)
-    (tmp_path / "b").mkdir()
+    for name in "bc":
+        (tmp_path / name).mkdir()
     other = ["stages.more.keys.data.split='80,20,0'"]
     state, _, _ = start(tmp_path / "b", recipe, Launcher({"base": 2.0, "start of more": 2.3}, split="valid"), overrides=other)
     assert "start_ratio" not in state["stages"]["more"]["boundary"]

@@ -81,4 +81,4 @@ def test_layouts_agree(trained, tmp_path, overrides):
 def test_an_output_that_exists_is_kept(trained, tmp_path):
     (tmp_path / "out.jsonl").write_text("precious")
     codes = ranks.run(1, command, str(trained / "reward"), "--input", str(trained / "chats.jsonl"), "--output", str(tmp_path / "out.jsonl"))
-    assert codes == [1] and (tmp_path / "out.jsonl").read_text() == "precious"
+    assert codes == [2] and (tmp_path / "out.jsonl").read_text() == "precious"

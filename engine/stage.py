@@ -101,7 +101,7 @@ class Feed(Protocol):
 class Stage:
     """Base of every stage: subclasses give roles, datasets, count and loss, and change what else they need.
 
-    See engine/stages/pretrain.py for the shortest one. Nothing is kept on the instance but what `configure` sets and `state` tells.
+    See engine/stages/pretrain.py for the shortest one. Nothing is kept on the instance but what `configure` and `begin` set and `state` tells.
     """
 
     roles: Mapping[str, Role] = {"policy": Role()}

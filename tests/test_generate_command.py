@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
     (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi", "chosen": "yes", "rejected": "no"}) + "\n")
     (folder / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]}) + "\n")
     for stage, name, file in (("sft", "policy", "chat"), ("reward", "reward", "pairs")):
-        on_ranks(1, merged(RAW, {"stage": stage, "run": {"dir": str(folder / name), "device": "cpu", "seed": 3}, "data": {"train": [str(folder / f"{file}.jsonl")]}}))
+        on_ranks(1, merged(RAW, {"stage": stage, "run": {"dir": str(folder / name), "device": "cpu", "seed": 3},
+                                 "data": {"train": [str(folder / f"{file}.jsonl")]}}))
     ranks.run(1, export, str(folder))
     return folder
 

@@ -347,8 +347,8 @@ def test_a_loss_that_is_higher_before_the_first_step_than_where_the_parent_ended
         (tmp_path / name).mkdir()
     state, _, said = start(tmp_path / "b", recipe, Launcher({"base": 2.0, "start of more": 2.19}))
     assert "spike" not in said and state["stages"]["more"]["spikes"] == []
-    (tmp_path / "c").mkdir()      # another number of rows: not the same measurement
-    state, _, _ = start(tmp_path / "c", recipe, Launcher({"base": 2.0, "start of more": 2.3}), overrides=["stages.more.keys.train.eval_samples=8"])
+    other_rows = ["stages.more.keys.train.eval_samples=8"]      # not the same measurement
+    state, _, _ = start(tmp_path / "c", recipe, Launcher({"base": 2.0, "start of more": 2.3}), overrides=other_rows)
     assert "start_ratio" not in state["stages"]["more"]["boundary"]
 
 

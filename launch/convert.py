@@ -15,6 +15,7 @@ Left out: parallel conversion, and quantised folders.
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 
@@ -61,7 +62,7 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     if args.adapter:
         run, adapters = with_adapter(run, args.adapter)
     checkpoint = engine_checkpoints()
-    checkpoint.write_tensors(draft, run, dict(FAMILIES[run.model.family].from_hf(run.model, tensors)) | adapters)
+    checkpoint.write_tensors(draft, run, chain(FAMILIES[run.model.family].from_hf(run.model, tensors), adapters.items()))
     return compare(run, checkpoint.read_tensors(draft), args.source, args.tolerance, args.adapter)
 
 

@@ -2,8 +2,8 @@
 
     export(run, tensors, "out/my-model", dtype="bf16")
 
-Tensors enter by engine name from a mapping that may read each one on access; they leave under HF names, in shards, and at most
-one shard is in memory. The folder is written beside its final place and renamed when complete, so a reader never sees half of it.
+Tensors enter by engine name from a mapping that may read each one on access; they leave under HF names, in shards, and a few of them are in
+memory at a time (shards.py). The folder is written beside its final place and renamed when complete, so a reader never sees half of it.
 Left out: proving it (launch/convert.py compares logits) and uploading it.
 """
 
@@ -11,18 +11,17 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import RunConfig, dump_config
 from engine.data.chat import source_of
-from engine.hf import FAMILIES
+from engine.hf import FAMILIES, shards
 from engine.hf.fields import HFError, dtype_keys
-from engine.hf.load import INDEX, WEIGHTS, read_json
+from engine.hf.load import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,12 +31,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, dtype: str | None = None,
            tokenizer_dir: str | Path | None = None, shard_bytes: float = 5e9, tokens_trained: int = 0,
-           verification: str = "") -> Path:
+           verification: str = "", written: Callable[[int], None] = lambda num_bytes: None) -> Path:
     """Write `out_dir`, which must not exist yet or be empty, and return it.
 
     tensors: engine name -> tensor, whole (tp = pp = ep = 1). dtype: fp32, bf16 or fp16; None keeps the tensors' own.
     tokenizer_dir: folder (or tokenizer.json) to copy from instead of the run's data.tokenizer. shard_bytes: largest weight file.
-    tokens_trained (0: unknown) and verification go into the model card.
+    tokens_trained (0: unknown) and verification go into the model card. written: hears of bytes as they go to disk.
     Raises HFError when the architecture cannot express the model, a tensor is amiss or the tokenizer is not there.
     """
     out = Path(out_dir)
@@ -51,12 +50,14 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
     try:
-        kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes)
+        shapes = shards.outline(family, model, tensors, DTYPES[dtype] if dtype else None)
+        with shards.Ahead(tensors, [pair.engine for pair in family.pairs(model)]) as ahead:
+            shards.write(part, shapes, family.to_hf(model, ahead), shard_bytes, written)
         copy_tokenizer(part, source, run.data.eod_id)
         if run.chat.template:  # the one the model was trained with, over the tokenizer's own
             (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")
         ids = special_ids(part, run.data.eod_id)
-        write_json(part / "config.json", hf | dtype_keys(kept) | ids)
+        write_json(part / "config.json", hf | dtype_keys(str(next(iter(shapes.values())).dtype).removeprefix("torch.")) | ids)
         write_json(part / "generation_config.json", ids)
         write_card(part, run, out.name, tokens_trained, verification)
         part.replace(out)
@@ -69,44 +70,6 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
 def full_model(run: RunConfig):
     """run.model with max_position filled in from train.seq_len."""
     return run.model.model_copy(update={"max_position": run.model.max_position or run.train.seq_len})
-
-
-def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: float) -> str:
-    """Write (name, tensor) in order as model.safetensors, or as shards with an index; return the first tensor's dtype by name."""
-    shards, shard, size, total, first = [], {}, 0, 0, None
-    for name, tensor in tensors:
-        # A copy: safetensors refuses tensors that share storage, and gate and up are two halves of one.
-        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
-        first = first or tensor.dtype
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shard and size + bytes_ > shard_bytes:
-            shards.append(_write_shard(folder, len(shards), shard))
-            shard, size = {}, 0
-        shard[name] = tensor
-        size, total = size + bytes_, total + bytes_
-    shards.append(_write_shard(folder, len(shards), shard))
-    _name_shards(folder, shards, total)
-    return str(first).removeprefix("torch.")
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
-    path = folder / f"shard-{number}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
-    return path, list(tensors)
-
-
-def _name_shards(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> None:
-    """Final file names, which carry the number of shards, and the index."""
-    if len(shards) == 1:
-        shards[0][0].rename(folder / WEIGHTS)
-        return
-    weight_map = {}
-    for number, (path, names) in enumerate(shards, start=1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _tokenizer_source(run: RunConfig, tokenizer_dir: str | Path | None) -> Path | None:

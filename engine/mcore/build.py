@@ -223,8 +223,8 @@ class ValueHead(MegatronModule):
         return F.linear(hidden, self.weight).squeeze(-1).t().float()
 
 
-def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | None = None) -> GPTModel:
-    """One bare model chunk of this pp rank, with layout-free initial weights, in the run's precision."""
+def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | None = None, with_weights: bool = True) -> GPTModel:
+    """One bare model chunk of this pp rank, with layout-free initial weights (or whatever memory holds), in the run's precision."""
     if backend_of(run, device) == "te":
         from engine.mcore.spec_te import block_spec
     else:
@@ -246,7 +246,8 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
     rotary.install(chunk, model)
     _mark_experts(chunk, run.parallel)
     lora.adapt(chunk, run)
-    init_weights(chunk, run)
+    if with_weights:
+        init_weights(chunk, run)
     chunk.cuda(torch.cuda.current_device())
     return Float16Module(config, chunk) if run.train.precision != "fp32" else chunk
 

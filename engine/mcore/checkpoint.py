@@ -15,10 +15,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import adapters, rope
 from engine.config import RunConfig, dump_config
-from engine.mcore import lora, optim_state, vocabulary
+from engine.mcore import lora, optim_state, stream, vocabulary
 from engine.mcore.build import bare
 from engine.run_folder import find
 
@@ -93,8 +92,12 @@ def _write(model, folder: Path, position: Position) -> None:
     force_all_tensors_to_non_fp8(state)
     dist_checkpointing.save(state, str(folder))
     if dist.get_rank() == 0:
-        (folder / "config.yaml").write_text(dump_config(model.run))
-        (folder / "position.json").write_text(json.dumps(asdict(position)))
+        _describe(folder, model.run, position)
+
+
+def _describe(folder: Path, run: RunConfig, position: Position) -> None:
+    (folder / "config.yaml").write_text(dump_config(run))
+    (folder / "position.json").write_text(json.dumps(asdict(position)))
 
 
 def load(model, folder: str | Path, optimizer: bool = True) -> Position:
@@ -279,8 +282,9 @@ class Tensors(Mapping):
         from torch.distributed.checkpoint import FileSystemReader
 
         self.folder = folder
-        self.stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-        self.places = dict(_places(read_config(folder).model, self.stored))
+        with _reading(folder):
+            self.metadata = FileSystemReader(folder).read_metadata()
+        self.places = dict(_places(read_config(folder).model, self.metadata.state_dict_metadata))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -288,20 +292,24 @@ class Tensors(Mapping):
     def __len__(self) -> int:
         return len(self.places)
 
+    def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
+        return name in self.places
+
     def __getitem__(self, name: str) -> torch.Tensor:
         key, index = self.places[name]
-        return self._stacked(key)[index]
+        sizes = self.shape(name)
+        with _reading(self.folder):
+            found = stream.read(self.folder, self.metadata, key, (*index, *[0] * len(sizes)), (*[1] * len(index), *sizes))
+        return found.view(sizes)
 
-    def _stacked(self, key: str) -> torch.Tensor:
-        """A stored tensor; all layers of one matrix lie in it, so the last one read is kept."""
-        if getattr(self, "_last", (None,))[0] != key:
-            import torch.distributed.checkpoint as dcp
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        key, index = self.places[name]
+        return tuple(self.metadata.state_dict_metadata[key].size[len(index):])
 
-            stored = self.stored[key]
-            tensor = {key: torch.empty(stored.size, dtype=stored.properties.dtype)}
-            dcp.load(tensor, checkpoint_id=self.folder, no_dist=True)
-            self._last = (key, tensor[key])
-        return self._last[1]
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored."""
+        return self.metadata.state_dict_metadata[self.places[name][0]].properties.dtype
 
 
 def read_tensors(path: str | Path) -> Tensors:
@@ -339,6 +347,15 @@ def unfused(key: str) -> str:
         "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
 
 
+def name_of(key: str, where: list[int]) -> str:
+    """The name on one rank of what lies under a key of sharded_state_dict, at this place of its counting axes."""
+    name = unfused(key)
+    head, dot, tail = name.partition("decoder.layers.")
+    if dot and not tail.split(".")[0].isdigit():
+        name = f"{head}{dot}{where.pop(0)}.{tail}"
+    return name.replace(".experts.experts.", f".experts.local_experts.{where.pop(0)}.") if ".experts.experts." in name else name
+
+
 def _experts_of(name: str, key: str, index: tuple, num_experts: int):
     if ".experts.experts." not in name:
         yield name, (key, index)
@@ -347,16 +364,32 @@ def _experts_of(name: str, key: str, index: tuple, num_experts: int):
         yield name.replace(".experts.experts.", f".experts.local_experts.{expert}."), (key, (*index, expert))
 
 
-def write_tensors(root: str | Path, run: RunConfig, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write whole parameters as a checkpoint at step 0 (no optimizer). Runs on one CPU rank and starts it if needed."""
+def write_tensors(root: str | Path, run: RunConfig, tensors: Iterable[tuple[str, torch.Tensor]], written=lambda num_bytes: None) -> Path:
+    """Write whole parameters, (name, tensor) pairs of which a few are in memory at a time, as a checkpoint at step 0 (no optimizer).
+
+    They keep their dtypes. written: hears of bytes as they go to disk. Runs on one CPU rank and starts it if needed.
+    """
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
     from engine.mcore import build, topology
 
-    place = topology.start_single()
+    topology.start_single()
     one_rank = build.one_rank(run)
-    chunk = build.build_chunk(one_rank, build.transformer_config(one_rank, "cpu"), "cpu")
-    build.fill(chunk, tensors)
-
-    return save(SimpleNamespace(run=run, chunks=[chunk], optimizer=None, topology=place), root, Position())
+    # Its weights are never touched, so they take no memory.
+    chunk = build.build_chunk(one_rank, build.transformer_config(one_rank, "cpu"), "cpu", with_weights=False)
+    state = chunk.sharded_state_dict(metadata=_metadata())
+    apply_factories(state)
+    where = stream.places(build.sharded_tensors(state), name_of)
+    final = folder_of(root, 0)
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    stream.write(temporary, where, tensors, written=written)
+    _describe(temporary, run, Position())
+    (temporary / STAGE).write_text("{}")
+    temporary.rename(final)
+    _write_whole(Path(root) / TRACKER, "0\n")
+    return final
 
 
 def local_shards(model) -> list[tuple[str, tuple, tuple, torch.Tensor]]:

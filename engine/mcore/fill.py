@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from engine.mcore.build import bare, sharded_tensors
-from engine.mcore.checkpoint import unfused
+from engine.mcore.checkpoint import name_of
 
 
 @torch.no_grad()
@@ -22,15 +22,6 @@ def fill(model, tensors: Mapping[str, torch.Tensor]) -> None:
         apply_factories(state)
         for shard in sharded_tensors(state):
             lead = shard.prepend_axis_num  # axes that count layers and experts
-            whole, offset = tensors[_name(shard.key, list(shard.global_offset[:lead]))], shard.global_offset[lead:]
+            whole, offset = tensors[name_of(shard.key, list(shard.global_offset[:lead]))], shard.global_offset[lead:]
             local = shard.data.view(shard.local_shape[-whole.dim():])
             local.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, local.shape))])
-
-
-def _name(key: str, where: list[int]) -> str:
-    """The name on one rank of what lies under a key of sharded_state_dict, at this place of its counting axes."""
-    name = unfused(key)
-    head, dot, tail = name.partition("decoder.layers.")
-    if dot and not tail.split(".")[0].isdigit():
-        name = f"{head}{dot}{where.pop(0)}.{tail}"
-    return name.replace(".experts.experts.", f".experts.local_experts.{where.pop(0)}.") if ".experts.experts." in name else name

@@ -352,6 +352,8 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     save_at_end: bool = True
     """Save when training stops."""
+    also_save_hf: bool = False
+    """Write a Hugging Face folder beside every checkpoint: run.dir/hf/iter_0000100."""
     load_optimizer: bool = True
     """False starts the optimizer afresh, and with it the schedule and the data position."""
     load_position: bool = True

@@ -24,6 +24,7 @@ from engine import metrics, schedule
 from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.data.loader import Loader, Prefetcher
+from engine.hf.convert import beside_checkpoint, check_expressible
 from engine.log import RunLog
 from engine.mcore import build, checkpoint, observe, topology
 from engine.mcore.average import Average
@@ -64,6 +65,8 @@ class Trainer:
         """The loop."""
         run, stage, place, log = self.run, self.stage, self.place, self.log
         log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
+        if run.checkpoint.also_save_hf:
+            check_expressible(run)  # before the hours of training that it would come after
         self.models = {name: self._network(name, role) for name, role in stage.roles.items()}
         self.trained = {name: model for name, model in self.models.items() if stage.roles[name].train}
         self.first, *_ = self.trained.values()  # what a checkpoint is of; it holds the others beside it
@@ -268,7 +271,19 @@ class Trainer:
         others = {name: model for name, model in self.trained.items() if model is not self.first}
         folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, self.stage.state())
         self.log.note(f"saved {folder}")
+        if self.run.checkpoint.also_save_hf:
+            self._save_hf(folder, position)
         return position.step
+
+    def _save_hf(self, folder: Path, position: Position) -> None:
+        """The Hugging Face folder of a checkpoint, by rank 0. A disk that is full ends no training."""
+        if self.place.rank == 0:
+            try:
+                out = beside_checkpoint(self.run, checkpoint.read_tensors(folder), folder, position.tokens)
+                self.log.note(f"exported {out}")
+            except OSError as error:
+                self.log.note(f"no Hugging Face folder for {folder}: {error}; make it with launch/convert.py to-hf")
+        dist.barrier()
 
 
 class TrainingStopped(ValueError):

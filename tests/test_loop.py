@@ -53,6 +53,32 @@ def test_what_a_run_leaves_behind(raw_run, tmp_path):
     assert column(on_ranks(2, again.model_dump()), "loss") == column(lines, "loss")
 
 
+def test_a_hugging_face_folder_beside_every_checkpoint(raw_run):
+    import torch
+
+    from engine.hf.load import open_hf
+    from engine.mcore.checkpoint import read_tensors
+
+    raw = merged(raw_run, {"train": {"steps": 2}, "checkpoint": {"save_every": 1, "also_save_hf": True}, "parallel": {"tp": 2}})
+    on_ranks(2, raw)
+    folder = Path(raw["run"]["dir"])
+    assert sorted(path.name for path in (folder / "hf").iterdir()) == checkpoints(raw) == ["iter_0000001", "iter_0000002"]
+    for name in checkpoints(raw):
+        hf, tensors = open_hf(folder / "hf" / name)
+        stored = read_tensors(folder / "checkpoints" / name)
+        assert hf["architectures"] == ["LlamaForCausalLM"]
+        assert torch.equal(tensors["model.norm.weight"], stored["decoder.final_layernorm.weight"])
+        assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], stored["decoder.layers.1.mlp.linear_fc2.weight"])
+    assert "logits not compared" in (folder / "hf" / "iter_0000002" / "README.md").read_text()
+
+
+def test_a_model_without_a_hugging_face_form_is_refused_before_it_is_trained(raw_run):
+    raw = merged(raw_run, {"model": {"norm": "layernorm"}, "checkpoint": {"also_save_hf": True}})
+    with pytest.raises(ranks.RankError, match="LlamaForCausalLM cannot express this model: model.norm=layernorm"):
+        on_ranks(1, raw)
+    assert not checkpoints(raw)
+
+
 # --- how a run ends ----------------------------------------------------------------------------------------------------
 
 

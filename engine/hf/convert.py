@@ -1,16 +1,20 @@
-"""What launch/convert.py needs beside load.py and export.py: a RunConfig for a foreign model, and fp32 or rounded views.
+"""What lies between a checkpoint and load.py or export.py: a RunConfig for a foreign model, fp32 or rounded views, the folder that a run
+writes beside its checkpoints (checkpoint.also_save_hf).
 
 Left out: the checkpoint itself, which engine/mcore reads and writes.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 from torch import Tensor
 
+from engine import hashes
 from engine.config import Data, Run, RunConfig, Train
-from engine.hf import family_of, read_model
-from engine.hf.export import DTYPES, TOKENIZER_FILES
+from engine.hf import FAMILIES, family_of, read_model
+from engine.hf.export import DTYPES, TOKENIZER_FILES, export, full_model, tokenizer_source, write_card
+from engine.hf.fields import HFError
 from engine.hf.load import Tensors
 from engine.hf.peft import Merged
 
@@ -48,6 +52,31 @@ def in_fp32(run: RunConfig) -> RunConfig:
 def merge(run: RunConfig, tensors: Mapping[str, Tensor]) -> tuple[RunConfig, Mapping[str, Tensor]]:
     """The run and its weights with the adapters merged in, as a model that never had any."""
     return run.model_copy(update={"lora": type(run.lora)()}), Merged(tensors, run.model, run.lora)
+
+
+def check_expressible(run: RunConfig) -> None:
+    """Raise HFError now for what would keep `beside_checkpoint` from writing later."""
+    if run.model.head != "tokens":
+        raise HFError(f"checkpoint.also_save_hf=true, but stage {run.stage} trains a scalar head; set it to false and convert afterwards")
+    if run.model.family not in FAMILIES:
+        raise HFError(f"checkpoint.also_save_hf=true, but model.family={run.model.family} has no Hugging Face form here; these have: {', '.join(FAMILIES)}")
+    FAMILIES[run.model.family].hf_config(full_model(run), run.train.seq_len)
+    tokenizer_source(run, None)
+
+
+def beside_checkpoint(run: RunConfig, tensors: Mapping[str, Tensor], folder: Path, tokens: int) -> Path:
+    """Write run.dir/hf/NAME of the checkpoint `folder` (its name), adapters merged; one that is there from before goes. Returns it.
+
+    tensors: those of the checkpoint. Logits are not compared here; launch/convert.py does that. Raises OSError when the disk is full.
+    """
+    out = Path(run.run.dir) / "hf" / folder.name
+    shutil.rmtree(out, ignore_errors=True)
+    if run.lora.rank:
+        run, tensors = merge(run, tensors)
+    export(run, tensors, out, run.train.precision)
+    write_card(out, run, out.name, tokens, source=folder)
+    hashes.write(out)
+    return out
 
 
 class Rounded(Mapping[str, Tensor]):

@@ -46,7 +46,7 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
         raise HFError(f"model.family={run.model.family} has no Hugging Face form here; these have: {', '.join(FAMILIES)}")
     family, model = FAMILIES[run.model.family], full_model(run)
     hf = family.hf_config(model, run.train.seq_len)  # refuses before anything is written
-    source = _tokenizer_source(run, tokenizer_dir)
+    source = tokenizer_source(run, tokenizer_dir)
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -72,7 +72,7 @@ def full_model(run: RunConfig):
     return run.model.model_copy(update={"max_position": run.model.max_position or run.train.seq_len})
 
 
-def _tokenizer_source(run: RunConfig, tokenizer_dir: str | Path | None) -> Path | None:
+def tokenizer_source(run: RunConfig, tokenizer_dir: str | Path | None) -> Path | None:
     """The folder or tokenizer.json to copy; None when the run's tokenizer is not a Hugging Face one."""
     if tokenizer_dir is None and not run.data.tokenizer.startswith("hf:"):
         return None
@@ -130,8 +130,11 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_card(folder: Path, run: RunConfig, title: str, tokens_trained: int = 0, verification: str = "") -> None:
-    """README.md: what the model is, how big, how far trained, the configuration, and whether the conversion was proved."""
+def write_card(folder: Path, run: RunConfig, title: str, tokens_trained: int = 0, verification: str = "", source: Path | None = None) -> None:
+    """README.md: what the model is, how big, how far trained, on what, from what, the configuration, and whether the conversion was proved.
+
+    source: the checkpoint it was made of.
+    """
     model = run.model
     rows = {
         "family": f"{model.family} ({model.size})", "layers": model.num_layers, "hidden size": model.hidden_size,
@@ -141,6 +144,9 @@ def write_card(folder: Path, run: RunConfig, title: str, tokens_trained: int = 0
         "vocabulary": model.vocab_size, "longest sequence": model.max_position or run.train.seq_len,
         "parameters": f"{num_parameters(folder):,}", "stage": run.stage,
         "tokens trained": f"{tokens_trained:,}" if tokens_trained else "",
+        "trained on": ", ".join(f"`{item}`" for item in run.data.train),
+        "checkpoint": f"`{source.name}` of the run `{Path(run.run.dir).name}`" if source else "",
+        "started from": ", ".join(f"{role}: `{path}`" for role, path in {"": run.checkpoint.load, **run.checkpoint.roles}.items() if path).removeprefix(": "),
         "conversion": verification or "logits not compared",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")

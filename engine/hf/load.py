@@ -5,10 +5,14 @@
 
 Names are those transformers writes today (a family's `canonical`). What config.json says decides: a tensor too few, one too many
 or one of another shape is refused before any weight is read.
-Left out: pickled weights (loading one runs whatever code is in it) and downloads; the folder must lie on this machine.
+Where a folder has a hashes.json (our exports do), sizes and contents are checked against it. Pickled weights (pytorch_model.bin) are refused
+unless allowed, and then read by torch's loader for tensors alone, which runs no code of theirs.
+Left out: downloads; the folder must lie on this machine.
 """
 
 import json
+import math
+import pickle
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -16,12 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine import hashes
 from engine.hf import family_of
 from engine.hf.fields import HFError
 from engine.hf.names import some
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 HEAD = "lm_head.weight"
+SHORT = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+"""dtypes as safetensors spells them."""
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -54,21 +62,30 @@ class Tensors(Mapping[str, Tensor]):
         path, stored = self._places[name]
         return self._file(path).get_slice(stored).get_dtype()
 
+    def num_bytes(self, name: str) -> int:
+        """The size of a tensor on disk."""
+        return math.prod(self.shape(name)) * next((t.itemsize for t, short in SHORT.items() if short == self.dtype(name)), 1)
+
     def _file(self, path: Path):
         if path not in self._open:
             self._open[path] = _open(path)
         return self._open[path]
 
 
-def open_hf(folder: str | Path) -> tuple[dict[str, Any], Tensors]:
-    """(config.json, name -> tensor). Raises HFError for a folder that is incomplete, contradicts itself or holds pickles only."""
+def open_hf(folder: str | Path, allow_pickle: bool = False, check_hashes: bool = True) -> tuple[dict[str, Any], Tensors]:
+    """(config.json, name -> tensor). Raises HFError for a folder that is incomplete, contradicts itself or was changed since it was written.
+
+    allow_pickle: read pytorch_model.bin where there is no safetensors file. check_hashes: False trusts the bytes, and checks sizes alone.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise HFError(f"{folder} is no folder; download the model first, then name the folder that holds its config.json")
+    if problems := hashes.check(folder, contents=check_hashes):
+        raise HFError(f"{folder} is damaged: {'; '.join(problems)}; copy it again, or remove {hashes.NAME} to take it as it is")
     hf = read_json(folder / "config.json")
     family = family_of(hf)
     places = {}
-    for stored, path in _places(folder).items():
+    for stored, path in _places(folder, allow_pickle).items():
         name = family.canonical(stored)
         if name in places:
             raise HFError(f"{folder} holds {name} twice, as {places[name][1]} and as {stored}")
@@ -97,38 +114,74 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """Stored name -> file; a single model.safetensors goes before an index, as in transformers."""
-    if (folder / WEIGHTS).is_file():
-        return {name: folder / WEIGHTS for name in _open(folder / WEIGHTS).keys()}
-    if (folder / INDEX).is_file():
-        return _sharded(folder, read_json(folder / INDEX).get("weight_map"))
+def _places(folder: Path, allow_pickle: bool) -> dict[str, Path]:
+    """Stored name -> file; a single file goes before an index, as in transformers, and safetensors before pickles."""
+    for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)) if allow_pickle else ((WEIGHTS, INDEX),):
+        if (folder / single).is_file():
+            return {name: folder / single for name in _open(folder / single).keys()}
+        if (folder / index).is_file():
+            return _sharded(folder / index, Path(single).suffix)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise HFError(f"{folder} has only pickled weights ({some(pickles)}), which run code when loaded; save it again with "
-                      "transformers (save_pretrained), which writes safetensors")
+    if pickles and not allow_pickle:
+        raise HFError(f"{folder} has only pickled weights ({some(pickles)}), a format that can carry code; convert with --allow-pickle, which reads "
+                      "the tensors in it and nothing else, or save it again with transformers (save_pretrained), which writes safetensors")
     raise HFError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
 
 
-def _sharded(folder: Path, weight_map) -> dict[str, Path]:
+def _sharded(index: Path, suffix: str) -> dict[str, Path]:
+    folder, weight_map = index.parent, read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise HFError(f"{folder / INDEX} has no weight_map of tensor names to file names")
+        raise HFError(f"{index} has no weight_map of tensor names to file names")
     shards = {}
     for shard in sorted(set(weight_map.values())):
         # Only bare names: an index from elsewhere must not make us read other files.
-        if not shard.endswith(".safetensors") or "/" in shard or "\\" in shard or "\0" in shard:
-            raise HFError(f"{folder / INDEX} names the shard {shard!r}, which is no safetensors file inside the folder")
+        if not shard.endswith(suffix) or "/" in shard or "\\" in shard or "\0" in shard:
+            raise HFError(f"{index} names the shard {shard!r}, which is no {suffix[1:]} file inside the folder")
         if not (folder / shard).is_file():
-            raise HFError(f"{folder / INDEX} names the shard {shard}, which is missing")
+            raise HFError(f"{index} names the shard {shard}, which is missing")
         shards[shard] = set(_open(folder / shard).keys())
     for shard, names in shards.items():
         listed = {name for name, where in weight_map.items() if where == shard}
         if names != listed:
-            raise HFError(f"{folder / shard} and {INDEX} disagree about where {some(sorted(names ^ listed))} is")
+            raise HFError(f"{folder / shard} and {index.name} disagree about where {some(sorted(names ^ listed))} is")
     return {name: folder / shard for name, shard in weight_map.items()}
 
 
+class Pickled:
+    """A file that torch.save wrote, with safe_open's calls; the tensors stay on disk (mmap) until they are used."""
+
+    def __init__(self, path: Path):
+        try:
+            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise HFError(f"{path} is no file of tensors alone: {error}") from None
+        strange = [name for name, value in self._tensors.items() if not isinstance(value, Tensor)] if isinstance(self._tensors, dict) else ["no mapping"]
+        if strange:
+            raise HFError(f"{path} holds other things than tensors: {some(strange)}")
+
+    def keys(self):
+        return self._tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> "Pickled.Slice":
+        return Pickled.Slice(self._tensors[name])
+
+    class Slice:
+        def __init__(self, tensor: Tensor):
+            self._tensor = tensor
+
+        def get_shape(self):
+            return list(self._tensor.shape)
+
+        def get_dtype(self) -> str:
+            return SHORT.get(self._tensor.dtype, str(self._tensor.dtype))
+
+
 def _open(path: Path):
+    if path.suffix == ".bin":
+        return Pickled(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

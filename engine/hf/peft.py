@@ -26,6 +26,7 @@ from engine.hf.export import write_json
 from engine.hf.fields import HFError, refuse
 from engine.hf.load import read_json
 from engine.hf.names import some
+from engine.hf.verify import transformers_network
 from engine.stage_sections import Lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -153,16 +154,10 @@ class Merged(Unadapted):
         return rows.flatten(0, 1)
 
 
+@torch.no_grad()
 def peft_logits(base: str | Path, adapter: str | Path, tokens: Tensor) -> Tensor:
     """Logits [b, s, vocab] in fp32 of the Hugging Face model in `base` with the adapter of `adapter`, by transformers and PEFT."""
-    try:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise HFError(f"comparing logits of adapters needs transformers and peft ({error}); install them: pip install transformers peft") from None
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    with torch.no_grad():
-        return PeftModel.from_pretrained(model, adapter).eval()(tokens).logits.float()
+    return transformers_network(base, adapter)(tokens)
 
 
 def check_expressible(model: Model, lora: Lora) -> None:

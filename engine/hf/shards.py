@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from engine.hf.fields import HFError
-from engine.hf.load import INDEX, WEIGHTS
+from engine.hf.load import INDEX, SHORT, WEIGHTS
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
 NUM_THREADS = 2
 
 
@@ -149,7 +148,7 @@ def _start(shard: _Shard, path: Path, shapes: Mapping[str, Tensor]) -> None:
     """Write the header and make the file as long as it will be, so that a full disk is known before the work."""
     header = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
     for name, ends in shard.ranges.items():
-        header[name] = {"dtype": DTYPES[shapes[name].dtype], "shape": list(shapes[name].shape), "data_offsets": list(ends)}
+        header[name] = {"dtype": SHORT[shapes[name].dtype], "shape": list(shapes[name].shape), "data_offsets": list(ends)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     shard.base = 8 + len(text)

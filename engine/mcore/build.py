@@ -459,18 +459,27 @@ def fill(chunk, tensors) -> None:
         raise ValueError("the tensors do not fit the model: " + "; ".join(sorted(problems)))
 
 
-def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank."""
+def single_rank_network(run, tensors):
+    """A function from tokens [b, s] to logits fp32 [b, s, vocab_size]: whole tensors, computed in fp32 on one CPU rank."""
     from engine.mcore import topology
 
     topology.start_single()
     run = one_rank(run)
-    chunk = build_chunk(run, transformer_config(run, "cpu"), "cpu")
+    chunk = build_chunk(run, transformer_config(run, "cpu"), "cpu", with_weights=False)
     fill(chunk, tensors)
     chunk.eval()
-    positions = torch.arange(tokens.size(1)).expand_as(tokens)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def network(tokens: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
         return chunk(tokens, positions, None)[..., :run.model.vocab_size].float()
+
+    return network
+
+
+def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank."""
+    return single_rank_network(run, tensors)(tokens)
 
 
 def bare(chunk) -> GPTModel:

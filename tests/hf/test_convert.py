@@ -85,3 +85,108 @@ def test_the_dtype_asked_for_is_not_held_against_the_conversion(convert, tiny, t
     assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt")]) == 0
     assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
     assert {tensor.dtype for tensor in open_hf(tmp_path / "out")[1].values()} == {torch.bfloat16}
+
+
+def test_no_verify_says_what_is_not_proved(convert, tiny, tmp_path, capsys):
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert capsys.readouterr().out.count("not proved: logits and greedy tokens were not compared") == 2
+    assert "not proved" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_that_was_changed_is_not_read(convert, tiny, tmp_path, capsys):
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--no-verify"]) == 0
+    path = tmp_path / "out" / "model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-5] ^= 16
+    path.write_bytes(whole)
+    again = ["from-hf", str(tmp_path / "out"), str(tmp_path / "again"), "--no-verify"]
+    assert convert.main(again) == 1 and not (tmp_path / "again").exists()
+    assert "model.safetensors has other bytes than were written" in capsys.readouterr().err
+    assert convert.main([*again, "--no-hashes"]) == 0
+    path.write_bytes(whole[:-100])
+    assert convert.main(["from-hf", str(tmp_path / "out"), str(tmp_path / "cut"), "--no-verify", "--no-hashes"]) == 1
+    assert f"model.safetensors has {len(whole) - 100} bytes, {len(whole)} were written" in capsys.readouterr().err
+
+
+def test_pickles_are_read_when_allowed_and_run_nothing(convert, tiny, tmp_path, capsys):
+    import shutil
+
+    model, folder = tiny("llama"), tmp_path / "old"
+    folder.mkdir()
+    shutil.copy(model.folder / "config.json", folder)
+    torch.save(dict(model.tensors), folder / "pytorch_model.bin")
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "ckpt")]) == 1
+    assert "--allow-pickle" in capsys.readouterr().err
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "ckpt"), "--allow-pickle"]) == 0
+    assert "differ by at most" in capsys.readouterr().out
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(dict(model.tensors) | {"model.norm.weight": Payload()}, folder / "pytorch_model.bin")
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "bad"), "--allow-pickle"]) == 1
+    assert "is no file of tensors alone" in capsys.readouterr().err and not (tmp_path / "executed").exists()
+
+
+def test_files_are_for_the_group_too(convert, tiny, tmp_path):
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--no-verify", "--shard-gb", "1e-5"]) == 0
+    modes = {path.name: path.stat().st_mode & 0o044 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) > 6 and set(modes.values()) == {0o044}
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["private", "public"])
+def test_upload_comes_after_the_proof(convert, tiny, tmp_path, monkeypatch, public):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, private, exist_ok):
+            calls.append((repo, private))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    words = ["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--upload", "me/model", *["--public"] * public]
+    assert convert.main(words) == 0
+    assert calls == [("me/model", not public), ("me/model", ["README.md", "config.json", "generation_config.json", "hashes.json", "model.safetensors"])]
+
+
+def test_a_failed_upload_keeps_the_folder(convert, tiny, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--no-verify", "--upload", "me/model"]) == 1
+    assert (tmp_path / "out" / "config.json").exists() and "no route to the hub" in (err := capsys.readouterr().err) and "hf upload me/model" in err
+
+
+def test_greedy_tokens_are_compared(tiny):
+    """A network whose logits agree within the tolerance but choose otherwise is refused, unless the choices are a tie."""
+    from engine.hf.verify import Verdict, answers
+
+    rows = [torch.arange(8).view(1, 8)]
+
+    def network(gap, winner):
+        def logits(tokens):
+            found = torch.zeros(1, tokens.size(1), 10)
+            found[..., 3], found[..., 4] = 1.0, 1.0
+            found[..., winner] += gap
+            return found
+        return logits
+
+    wide = Verdict(answers(network(0.2, 3), rows), answers(network(0.2, 4), rows), tolerance=0.2)
+    tie = Verdict(answers(network(1e-6, 3), rows), answers(network(1e-6, 4), rows), tolerance=1e-3)
+    nan = Verdict(answers(lambda tokens: torch.full((1, tokens.size(1), 10), float("nan")), rows), answers(network(0, 3), rows))
+    assert tie.agrees and not nan.agrees and "0 of 8, then a tie" in tie.table()
+    far = Verdict(answers(network(0.5, 3), rows), answers(network(0.5, 4), rows), tolerance=0.1)
+    assert not far.agrees and wide.worst == pytest.approx(0.2)

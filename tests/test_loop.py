@@ -59,7 +59,7 @@ def test_a_hugging_face_folder_beside_every_checkpoint(raw_run):
     from engine.hf.load import open_hf
     from engine.mcore.checkpoint import read_tensors
 
-    raw = merged(raw_run, {"train": {"steps": 2}, "checkpoint": {"save_every": 1, "also_save_hf": True}, "parallel": {"tp": 2}})
+    raw = merged(raw_run, {"train": {"steps": 2}, "schedule": {"kind": "constant", "warmup_steps": 0}, "checkpoint": {"save_every": 1, "also_save_hf": True}, "parallel": {"tp": 2}})
     on_ranks(2, raw)
     folder = Path(raw["run"]["dir"])
     assert sorted(path.name for path in (folder / "hf").iterdir()) == checkpoints(raw) == ["iter_0000001", "iter_0000002"]

@@ -278,13 +278,14 @@ def _write_whole(path: Path, text: str) -> None:
 class Tensors(Mapping):
     """Whole parameters of a checkpoint by their GPTModel names, each read when asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, model=None):
+        """model: config.Model; None reads it from the folder's config.yaml."""
         from torch.distributed.checkpoint import FileSystemReader
 
         self.folder = folder
         with _reading(folder):
             self.metadata = FileSystemReader(folder).read_metadata()
-        self.places = dict(_places(read_config(folder).model, self.metadata.state_dict_metadata))
+        self.places = dict(_places(model or read_config(folder).model, self.metadata.state_dict_metadata))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

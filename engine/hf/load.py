@@ -179,11 +179,40 @@ class Pickled:
             return SHORT.get(self._tensor.dtype, str(self._tensor.dtype))
 
 
+class Safe:
+    """A safetensors file with safe_open's calls, whose tensors are read and not mapped: what is mapped stays in memory until the file is closed."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt", device="cpu")  # checks the header and the file's length
+        self.keys, self.get_slice = self._file.keys, self._file.get_slice
+        self._path = path
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header, self._base = json.loads(file.read(length)), 8 + length
+
+    def get_tensor(self, name: str) -> Tensor:
+        entry = self._header[name]
+        dtype = next((t for t, short in SHORT.items() if short == entry["dtype"]), None)
+        if dtype is None:
+            return self._file.get_tensor(name)
+        begin, end = entry["data_offsets"]
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        rest = memoryview(raw.numpy())
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(self._base + begin)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise HFError(f"{self._path} was cut short while it was read")
+                rest = rest[count:]
+        return raw.view(dtype).view(entry["shape"])
+
+
 def _open(path: Path):
     if path.suffix == ".bin":
         return Pickled(path)
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return Safe(path)
     except (SafetensorError, OSError) as error:
         raise HFError(f"{path} is no readable safetensors file: {error}") from None
 

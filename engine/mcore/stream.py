@@ -8,9 +8,13 @@ Memory is that of a few tensors, not of a model. The files are those that torch.
 Left out: optimizer state, and anything that is spread over ranks (checkpoint.py).
 """
 
+import io
+import math
+import os
 import pickle
 import queue
 import threading
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,11 +24,8 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 QUEUE = 2  # tensors that wait for a writer: enough to keep it busy, little to keep in memory
 
@@ -116,9 +117,8 @@ class _Writer(threading.Thread):
                 while (item := self.waiting.get()) is not None:
                     place, tensor = item
                     begin = file.tell()
-                    # Counting axes have size 1 here; a copy of its own, for torch.save would write all of a view's storage.
-                    tensor = tensor.reshape([1] * (len(place.global_shape) - tensor.dim()) + list(tensor.shape))
-                    torch.save(tensor.contiguous() if _is_whole(tensor) else tensor.clone(memory_format=torch.contiguous_format), file)
+                    tensor = tensor.reshape([1] * (len(place.global_shape) - tensor.dim()) + list(tensor.shape))  # counting axes have size 1 here
+                    torch.save(_alone(tensor), file)
                     length = file.tell() - begin
                     self.entries.append((MetadataIndex(place.key, torch.Size(place.offsets)), _StorageInfo(self.path.name, begin, length)))
                     self.written(tensor.nbytes)
@@ -126,8 +126,12 @@ class _Writer(threading.Thread):
             self.error = error
 
 
-def _is_whole(tensor: torch.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.nbytes
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a tensor whose storage holds nothing else, for torch.save writes all of a storage."""
+    tensor = tensor.contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 def _finish(folder: Path, stored: Mapping[str, tuple], entries: list) -> None:
@@ -143,31 +147,74 @@ def _finish(folder: Path, stored: Mapping[str, tuple], entries: list) -> None:
     save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
 
 
-class _Slice(LoadPlanner):
-    """Reads one box of one stored tensor into `target`."""
-
-    def __init__(self, target: torch.Tensor):
-        self.target = target
-
-    def set_up_planner(self, *_, **__): ...
-    def create_local_plan(self): ...
-    def create_global_plan(self, global_plan): ...
-    def finish_plan(self, central_plan): ...
-    def load_bytes(self, read_item, value): ...
-    def commit_tensor(self, read_item, tensor): ...
-
-    def resolve_tensor(self, read_item):
-        box = tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths))
-        return self.target[box]
-
-
 def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
     """The box at `offsets` of the stored tensor `key`, [*sizes], from whichever files hold parts of it."""
     stored = metadata.state_dict_metadata[key]
-    target = torch.empty(sizes, dtype=stored.properties.dtype)
-    box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-    items = create_read_items_for_chunk_list(key, stored, [box])
-    reader = FileSystemReader(folder)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(LoadPlan(items), _Slice(target)).wait()
+    target, missing = torch.empty(sizes, dtype=stored.properties.dtype), math.prod(sizes)
+    for chunk in stored.chunks:
+        low = [max(o, c) for o, c in zip(offsets, chunk.offsets)]
+        high = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
+        if any(a >= b for a, b in zip(low, high)):
+            continue
+        place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f".metadata names the file {place.relative_path!r}, which is not in the folder")
+        if tuple(chunk.sizes) == tuple(sizes) and tuple(chunk.offsets) == tuple(offsets):
+            return _chunk(folder / place.relative_path, place, target)
+        inside = _chunk(folder / place.relative_path, place, torch.empty(chunk.sizes, dtype=target.dtype))
+        box = lambda base: tuple(slice(a - o, b - o) for a, b, o in zip(low, high, base))  # noqa: B023, E731
+        target[box(offsets)] = inside[box(chunk.offsets)]
+        missing -= math.prod(b - a for a, b in zip(low, high))
+    if missing:
+        raise ValueError(f".metadata lists no file for {missing} numbers of {key}")
     return target
+
+
+def _chunk(path: Path, place: _StorageInfo, target: torch.Tensor) -> torch.Tensor:
+    """One stored tensor, read into `target` where its bytes lie in order, as they do unless somebody saved a transposed one."""
+    with open(path, "rb", buffering=0) as file:
+        part = _Window(file, place.offset, place.length)
+        described = torch.load(part, map_location="meta", weights_only=True)
+        part.seek(0)
+        with zipfile.ZipFile(part) as archive:
+            record = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+        is_plain = described.is_contiguous() and record.compress_type == zipfile.ZIP_STORED and record.file_size == target.nbytes
+        if described.dtype != target.dtype or described.shape != target.shape or not is_plain:
+            part.seek(0)
+            return target.copy_(torch.load(part, map_location="cpu", weights_only=True))
+        file.seek(place.offset + record.header_offset)
+        header = file.read(30)  # of a file in an archive: the lengths of its name and extra field lie at 26 and 28
+        file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+        rest = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.dim() else memoryview(target.view(1).view(torch.uint8).numpy())
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise ValueError(f"{path.name} ends before its last tensor does")
+            rest = rest[count:]
+    return target
+
+
+class _Window(io.RawIOBase):
+    """The bytes [offset, offset + length) of a file, as a file."""
+
+    def __init__(self, file, offset: int, length: int):
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        wanted = max(0, min(len(buffer), self._length - self._at))
+        found = os.preadv(self._file.fileno(), [memoryview(buffer)[:wanted]], self._offset + self._at) if wanted else 0
+        self._at += found
+        return found

@@ -120,7 +120,7 @@ def speed(args, work: Path) -> None:
     ours_from_hf(work / "hf", work / "checkpoint")()
     seconds = {name: [] for name in CONTESTANTS}
     for _ in range(args.rounds):
-        for name, (prepare, source) in CONTESTANTS.items():
+        for name, (prepare, source) in ((n, c) for n, c in CONTESTANTS.items() if args.only in n):
             found = in_process(prepare, work / source, work / "out")
             if isinstance(found, str):
                 seconds.pop(name, None)
@@ -147,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--only", default="", help="contestants whose names hold this")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
     args = parser.parse_args()

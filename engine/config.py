@@ -68,6 +68,12 @@ class Moe(Section):
     """Speed of the aux-free expert bias (arXiv 2408.15664)."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Router score function."""
+    num_groups: int = Field(0, ge=0)
+    """Equal groups of experts, of which a token may use group_top_k; 0 does not group (DeepSeek-V2, arXiv 2405.04434, sec. 2.2.2)."""
+    group_top_k: int = Field(0, ge=0)
+    """Groups a token may use: those with the highest scores."""
+    group_score_top: int = Field(1, ge=1)
+    """A group's score is the sum over this many of its best experts: 1 in DeepSeek-V2, 2 in V3 (arXiv 2412.19437, sec. 2.1.2)."""
     softmax_after_top_k: bool = True
     """True (Mixtral, Qwen3-MoE renormalised): the weights of the chosen k sum to 1."""
     scaling_factor: float = Field(0.0, ge=0)
@@ -78,6 +84,19 @@ class Moe(Section):
     """Pad every expert's input to its capacity (fixed shapes)."""
     grouped_gemm: bool = True
     """One grouped matrix product over the local experts where the backend has it."""
+
+
+class Mla(Section):
+    kv_lora_rank: int = Field(0, ge=0)
+    """Width of the latent that keys and values are made from; 0 means ordinary attention."""
+    q_lora_rank: int = Field(0, ge=0)
+    """Width of the latent that queries are made from; 0 makes them from the hidden state."""
+    qk_nope_head_dim: int = Field(128, ge=0)
+    """Dims of a query and key that carry no position."""
+    qk_rope_head_dim: int = Field(64, ge=2)
+    """Dims that RoPE turns; the key's are shared by all heads."""
+    v_head_dim: int = Field(128, ge=1)
+    """Dims of a value."""
 
 
 class Model(Section):
@@ -137,6 +156,8 @@ class Model(Section):
     """Dropout on attention weights."""
     init_std: float = Field(0.02, gt=0)
     """Std of initial weights; output projections get init_std / sqrt(2 * num_layers)."""
+    mla: Mla = Mla()
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, sec. 2.1)."""
     moe: Moe = Moe()
     """Mixture of experts."""
 
@@ -145,8 +166,26 @@ class Model(Section):
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def is_latent(self) -> bool:
+        """Multi-head latent attention?"""
+        return self.mla.kv_lora_rank > 0
+
+    @property
     def head_size(self) -> int:
+        """Dims of a query and of a key."""
+        if self.is_latent:
+            return self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_size(self) -> int:
+        """Dims of a value."""
+        return self.mla.v_head_dim if self.is_latent else self.head_size
+
+    @property
+    def rope_dims(self) -> int:
+        """Dims of a head that RoPE turns."""
+        return self.mla.qk_rope_head_dim if self.is_latent else int(self.head_size * self.rope_percent)
 
     @property
     def padded_vocab_size(self) -> int:

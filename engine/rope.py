@@ -75,6 +75,18 @@ def attention_factor(scaling: RopeScaling) -> float:
     return _yarn_scale(scaling.factor, 1.0)
 
 
+def softmax_scale(model: Model) -> float | None:
+    """What attention logits are multiplied by; None where it is 1 / sqrt(head size).
+
+    Latent attention under yarn stretches them too, by the square of the scale of `mscale_all_dim` (DeepSeek-V2, in the place of a
+    factor of cos and sin, which turn only a part of a head).
+    """
+    scaling = model.rope_scaling
+    if model.is_latent and scaling.kind == "yarn" and scaling.mscale_all_dim:
+        return _yarn_scale(scaling.factor, scaling.mscale_all_dim) ** 2 / math.sqrt(model.head_size)
+    return None
+
+
 def ntk_theta(theta: float, dims: int, factor: float) -> float:
     """The base period that stretches the slowest pair by `factor` and leaves the fastest: theta * factor^(d/(d-2))."""
     return theta * factor ** (dims / (dims - 2))

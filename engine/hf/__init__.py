@@ -6,10 +6,10 @@ Left out: tokenizers (files are copied, never read as such) and architectures th
 
 from typing import Any, Mapping
 
-from engine.hf import gpt2, llama, mixtral
+from engine.hf import deepseek_v2, deepseek_v3, gpt2, llama, mixtral
 from engine.hf.fields import HFError, to_model
 
-FAMILIES = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2}
+FAMILIES = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2, "deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3}
 
 
 def family_of(hf: Mapping[str, Any]):

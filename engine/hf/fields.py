@@ -42,11 +42,11 @@ def to_model(fields: Mapping[str, Any]) -> Model:
         raise HFError("config.json describes no model: " + "; ".join(wrong)) from None
     refuse({
         f"{model.num_attention_heads} heads do not divide the hidden size {model.hidden_size} and there is no head_dim":
-            not model.head_dim and model.hidden_size % model.num_attention_heads != 0,
+            not (model.head_dim or model.is_latent) and model.hidden_size % model.num_attention_heads != 0,
         f"{model.kv_heads} key/value heads do not divide {model.num_attention_heads} query heads":
             model.num_attention_heads % model.kv_heads != 0,
     }, "config.json describes no model")
-    scaling, pairs = model.rope_scaling, int(model.head_size * model.rope_percent) // 2
+    scaling, pairs = model.rope_scaling, model.rope_dims // 2
     refuse({f"RoPE type longrope has {len(factors)} entries in {name}, but a head has {pairs} pairs": len(factors) != pairs
             for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
             if scaling.kind == "longrope"}, "config.json describes no model")
@@ -66,7 +66,7 @@ def rope_keys(model: Model) -> dict[str, Any]:
     scaling, theta = model.rope_scaling, model.rope_theta
     if scaling.kind == "ntk":
         # transformers knows no fixed NTK, which only changes the base period: it is written as that period, without a scaling.
-        dims = int(model.head_size * model.rope_percent)
+        dims = model.rope_dims
         theta, scaling = theta * scaling.factor ** (dims / (dims - 2)), RopeScaling()
     parameters = {"rope_type": "default" if scaling.kind == "none" else scaling.kind}
     for ours, theirs in _ROPE_NAMES.get(scaling.kind, {}).items():

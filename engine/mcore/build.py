@@ -27,8 +27,11 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from engine import adapters
 from engine.mcore import lora, rotary, te_problem, tune
+from engine.mcore.group_limit import limit_groups
 from engine.mcore.linear_ce import OutputLayer
 from engine.mcore.quantized import plain_parameters
+from engine.rope import softmax_scale
+from engine.torch_only import reasons
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GELU = functools.partial(F.gelu, approximate="tanh")
@@ -40,7 +43,8 @@ def backend_of(run, device: str) -> str:
 
     Raises ValueError when te is asked for and cannot be had, with the reason.
     """
-    if run.train.backend == "torch" or run.lora.rank:  # adapters sit on its layers; engine/adapters.py refuses te by name
+    # Adapters and some parts of models exist for its layers alone; engine/adapters.py and engine/checks.py refuse te by name.
+    if run.train.backend == "torch" or run.lora.rank or reasons(run.model):
         return "torch"
     problem = "there is no GPU" if device == "cpu" else te_problem
     if run.train.backend == "te" and problem:
@@ -73,6 +77,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
+        softmax_scale=softmax_scale(model),
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
         window_attn_skip_freq=model.sliding_window_freq if model.sliding_window and model.sliding_window_freq > 1 else None,
         hidden_dropout=model.hidden_dropout,
@@ -244,6 +249,7 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
         vp_stage=vp_stage,
     )
     rotary.install(chunk, model)
+    limit_groups(chunk, model)
     _mark_experts(chunk, run.parallel)
     lora.adapt(chunk, run)
     init_weights(chunk, run)

@@ -67,9 +67,8 @@ class LayerCache:
         """Of the prompts that pass, right-padded: key and value [s, b, kv_heads, d], kept for the rows of `rows.reading`."""
         rows = self.rows
         if self.keys is None:
-            shape = (len(rows), key.size(2), rows.room, key.size(3))
             # Zeros: what a mask hides is multiplied by 0, which leaves nothing of any number but NaN.
-            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
+            self.keys, self.values = (x.new_zeros(len(rows), x.size(2), rows.room, x.size(3)) for x in (key, value))
         for of, cache in ((key, self.keys), (value, self.values)):
             for i, equal in enumerate(rows.reading):
                 start = rows.starts[equal[0]]

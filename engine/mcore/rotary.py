@@ -34,7 +34,7 @@ class Rotary(RotaryEmbedding):
     """
 
     def __init__(self, model, cp_group):
-        super().__init__(model.head_size, model.rope_percent, rotary_base=model.rope_theta, cp_group=cp_group)
+        super().__init__(model.rope_dims, 1.0, rotary_base=model.rope_theta, cp_group=cp_group)
         self.theta, self.scaling = model.rope_theta, model.rope_scaling
         self.positions = None  # int64 [b, s / cp] of the micro-batch at hand, where they are not the places
 

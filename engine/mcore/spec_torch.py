@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from engine.mcore import masks
+from engine.mcore.latent_torch import LatentAttention, LatentSubmodules
 from engine.mcore.ops_torch import RMSNorm, SwiGLU, apply_rope
 
 megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choice here; ours hands other cases back to it
@@ -39,7 +40,8 @@ megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choic
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
-    dense, moe = _layer_spec(config, None), _layer_spec(config, config.num_moe_experts) if config.num_moe_experts else None
+    dense = _layer_spec(config, model, None)
+    moe = _layer_spec(config, model, config.num_moe_experts) if config.num_moe_experts else None
     specs = [moe if is_moe else dense for is_moe in model.moe_layers]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -74,18 +76,25 @@ class TorchBackend(BackendSpecProvider):
         return SwiGLU  # built only where the configuration says so (swiglu)
 
 
-def _layer_spec(config, num_experts) -> ModuleSpec:
-    backend = TorchBackend()
+def _attention_spec(config, model) -> ModuleSpec:
+    if model.is_latent:
+        return ModuleSpec(module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal},
+                          submodules=LatentSubmodules(norm=Norm, core_attention=Attention, mla=model.mla))
     qk_norm = Norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear,
         q_layernorm=qk_norm, k_layernorm=qk_norm,
     )
+    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention)
+
+
+def _layer_spec(config, model, num_experts) -> ModuleSpec:
+    backend = TorchBackend()
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attention=_attention_spec(config, model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts,

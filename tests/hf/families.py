@@ -1,0 +1,131 @@
+"""Tiny transformers models of every family, with odd shapes, and what a rank does with one: logits under a layout, training, saving.
+
+    kind, sizes = MODELS["llama"]                                  # transformers' LlamaConfig(**sizes)
+    ranks.run(2, train_layouts, checkpoint, layouts, tokens, out)   # a Trained for each layout, on each rank
+
+Pickled to tests/ranks.py, so in a module. A new family adds its rows to MODELS; test_families.py does the rest.
+"""
+
+from typing import Any, NamedTuple
+
+STEPS, SEQ, BATCH = 3, 32, 4
+
+_NO_ENDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+LLAMA = dict(vocab_size=131, hidden_size=48, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
+             num_key_value_heads=2, head_dim=10, max_position_embeddings=64, **_NO_ENDS)
+MIXTRAL = dict(vocab_size=77, hidden_size=40, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, head_dim=6, max_position_embeddings=64, num_local_experts=6, num_experts_per_tok=2, **_NO_ENDS)
+GPT2 = dict(vocab_size=101, n_positions=40, n_embd=36, n_layer=2, n_head=4, n_inner=50, bos_token_id=None, eos_token_id=None)
+# An original length of 16 brings the wavelengths of a small head on both sides of both bounds.
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0,
+              original_max_position_embeddings=16)
+
+MODELS = {
+    "llama": ("Llama", LLAMA | dict(rope_parameters=LLAMA3)),
+    "llama_tied": ("Llama", LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=6, head_dim=8, rms_norm_eps=1e-3,
+                                         rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
+    "llama_bias": ("Llama", LLAMA | dict(attention_bias=True, mlp_bias=True)),
+    "llama_geglu": ("Llama", LLAMA | dict(hidden_act="gelu_pytorch_tanh", intermediate_size=96)),
+    "llama_attention_bias": ("Llama", LLAMA | dict(attention_bias=True)),
+    "mixtral": ("Mixtral", MIXTRAL | dict(sliding_window=7)),
+    "mixtral_tied": ("Mixtral", MIXTRAL | dict(tie_word_embeddings=True, num_experts_per_tok=3)),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2_untied": ("GPT2", GPT2 | dict(tie_word_embeddings=False, n_inner=None, activation_function="relu")),
+}
+
+TP, PP, EP, CP = {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"ep": 2}, {"cp": 2}
+FURTHER: dict[str, list[dict]] = {}
+"""Layouts that a model is to be tried under beside tp, pp and, with experts, ep."""
+
+
+def layouts_of(name: str) -> list[dict]:
+    """The layouts of two ranks that a model is carried through; the first is that of one rank, twice."""
+    has_experts = any("expert" in key for key in MODELS[name][1])
+    return [{}, *FURTHER.get(name, []), PP, *([EP] if has_experts else []), TP]
+
+
+class Trained(NamedTuple):
+    """What happened under one layout, as one rank saw it."""
+
+    logits: Any
+    """fp32 [b, s, vocab] of the weights that were loaded; None on all but the last pp rank."""
+    after: tuple
+    """(losses, gradient norms, shards of the weights), as tests/parity_table.py compares them."""
+    logits_after: Any
+    """The same after training."""
+
+
+def train_layouts(checkpoint: str, layouts: list[dict], tokens, out: str) -> list[Trained]:
+    """On a rank: read a checkpoint under each layout, train it there for STEPS steps; the last one is saved to `out`."""
+    return [_train(checkpoint, layout, tokens, out if layout is layouts[-1] else "") for layout in layouts]
+
+
+def _train(checkpoint: str, layout: dict, tokens, out: str) -> Trained:
+    from engine.mcore import checkpoint as checkpoints
+    from engine.mcore import topology
+    from engine.mcore.run import ParallelModel
+    from parity_table import CountTokens
+
+    place = topology.start(run := configured(checkpoint, layout))
+    model = ParallelModel(run, place, CountTokens(), "policy")
+    checkpoints.load(model, checkpoints.find(checkpoint), optimizer=False)
+    before = None if place.cp > 1 else logits_of(model, tokens)
+    losses, norms = [], []
+    for step in range(STEPS):
+        losses.append(model.forward_backward(micro_batches(run, place, step)).loss)
+        norms.append(model.step(lr=1e-3, number=step + 1))
+    shards = [(key, shape, offset, values.numpy()) for key, shape, offset, values in checkpoints.local_shards(model)]
+    if out:
+        checkpoints.save(model, out, checkpoints.Position(step=STEPS))
+    return Trained(before, (losses, norms, shards), None if place.cp > 1 else logits_of(model, tokens))
+
+
+def configured(checkpoint: str, layout: dict):
+    """The run of a converted model as it would be trained further, under a layout of two ranks."""
+    from engine.config import validate
+    from engine.mcore.checkpoint import read_config
+    from training import merged
+
+    raw = read_config(checkpoint).model_dump()
+    return validate(merged(raw, {
+        "run": {"device": "cpu"}, "model": {"hidden_dropout": 0.0, "attention_dropout": 0.0}, "parallel": layout, "data": {"train": ["unused"]},
+        "train": {"seq_len": SEQ, "global_batch": BATCH, "steps": 100, "precision": "fp32"},
+        "optim": {"eps": 1e-5},  # see tests/parity_table.py
+    }), 2)
+
+
+def micro_batches(run, place, step: int) -> list[dict]:
+    """This replica's micro-batches of one global batch: single rows, with documents and a ragged loss mask."""
+    import torch
+
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(run.model.vocab_size, (BATCH, SEQ + 1), generator=generator)
+    second = torch.arange(SEQ) >= torch.randint(1, SEQ, (BATCH, 1), generator=generator)
+    starts = (~second).sum(1, keepdim=True)
+    whole = dict(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=(torch.rand(BATCH, SEQ, generator=generator) < 0.8).float(),
+                 segment_ids=second.int(), position_ids=torch.arange(SEQ) - second * starts)
+    return [{name: tensor[row:row + 1] for name, tensor in whole.items()} for row in range(place.dp_rank, BATCH, place.dp)]
+
+
+def logits_of(model, tokens):
+    """fp32 [b, s, vocab] by megatron's schedule, gathered over tp, on the last pp rank; None on the others."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    batch, length = tokens.shape
+    for chunk in model.chunks:
+        chunk.eval()
+
+    def step(_, chunk):
+        output = chunk(tokens, torch.arange(length).expand(batch, -1), **model._attention({"tokens": tokens}, length))
+        return output, lambda logits: (logits.sum(), torch.zeros([], dtype=torch.int), logits)
+
+    with torch.no_grad():
+        found = model._forward_backward(forward_step_func=step, data_iterator=iter([None]), model=model.chunks[0], num_microbatches=1,
+                                        seq_length=length, micro_batch_size=batch, forward_only=True)
+    if not found:
+        return None
+    parts = [torch.empty_like(found[0]) for _ in range(model.topology.tp)]
+    dist.all_gather(parts, found[0].contiguous(), group=mpu.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=-1)[..., :model.run.model.vocab_size].float().numpy()

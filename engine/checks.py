@@ -17,7 +17,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     kept apart by the fields they need.
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
-              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _groups, _latent, _sequence_parallel, _overlap, _backend, _torch_only,
+              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _groups, _latent, _local_rope, _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
@@ -254,10 +254,22 @@ def _latent(run):
         return
     taken = {f"head_dim({model.head_dim})": model.head_dim > 0, f"num_query_groups({model.num_query_groups})": model.kv_heads != model.num_attention_heads,
              "qkv_bias": model.qkv_bias, "linear_bias": model.linear_bias, "qk_norm": model.qk_norm,
+             f"query_pre_attn_scalar({model.query_pre_attn_scalar:g})": model.query_pre_attn_scalar > 0,
              f"rope_percent({model.rope_percent})": model.rope_percent != 1, f"position({model.position})": model.position != "rope",
              f"sliding_window({model.sliding_window})": model.sliding_window > 0}
     for name in (name for name, is_set in taken.items() if is_set):
         yield f"model.{name} has no place in latent attention (model.mla.kv_lora_rank={mla.kv_lora_rank}), which has heads of its own; leave it out"
+
+
+def _local_rope(run):
+    model, kind = run.model, run.model.rope_scaling.kind
+    if not model.rope_local_theta:
+        return
+    if not model.sliding_window or model.position != "rope":
+        yield (f"model.rope_local_theta({model.rope_local_theta:g}) is the base period of layers with a sliding window, but sliding_window is "
+               f"{model.sliding_window} and position={model.position}; set it to 0")
+    if kind in ("yarn", "longrope"):
+        yield f"model.rope_local_theta with rope_scaling.kind={kind}: its factor of cos and sin would reach all layers; set rope_local_theta=0, or another kind"
 
 
 def _torch_only(run):

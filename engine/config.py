@@ -126,18 +126,30 @@ class Model(Section):
     """Normalisation."""
     norm_eps: float = Field(1e-5, gt=0)
     """Epsilon of the normalisation."""
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu", "silu"] = "swiglu"
-    """MLP activation; swiglu and geglu are gated. gelu is the tanh form."""
+    norm_zero_centered: bool = False
+    """Norms multiply by 1 + their weight (Gemma)."""
+    activation: Literal["swiglu", "geglu", "clamped_swiglu", "gelu", "relu", "squared_relu", "silu"] = "swiglu"
+    """MLP activation; swiglu, geglu and gpt-oss's clamped_swiglu are gated. gelu is the tanh form."""
+    swiglu_alpha: float = Field(1.702, gt=0)
+    """clamped_swiglu: steepness of the gate's sigmoid."""
+    swiglu_limit: float = Field(7.0, gt=0)
+    """clamped_swiglu: largest value of the gate, and of the other factor either way."""
     position: Literal["rope", "learned", "none"] = "rope"
     """Position embedding."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base period of RoPE."""
+    rope_local_theta: float = Field(0.0, ge=0)
+    """Base period in layers that see the sliding window alone, which then have no scaling; 0 takes that of the others (Gemma 3)."""
     rope_percent: float = Field(1.0, gt=0, le=1)
     """Share of a head that RoPE rotates."""
     rope_scaling: RopeScaling = RopeScaling()
     """Stretching of RoPE."""
     head: Literal["tokens", "scalar"] = "tokens"
     """tokens: probabilities of the next token; scalar: one number per token (reward and value models; set by the stage)."""
+    scale_embeddings: bool = False
+    """Embeddings times sqrt(hidden_size) (Gemma)."""
+    logits_softcap: float = Field(0.0, ge=0)
+    """Logits become cap * tanh(logits / cap); 0 leaves them (Gemma 2, arXiv 2408.00118)."""
     tie_embeddings: bool = False
     """One matrix for input and output embedding."""
     qkv_bias: bool = False
@@ -146,6 +158,12 @@ class Model(Section):
     """Bias on every linear layer."""
     qk_norm: bool = False
     """Normalise queries and keys per head."""
+    query_pre_attn_scalar: float = Field(0.0, ge=0)
+    """Attention logits are divided by the square root of this; 0 takes the size of a head."""
+    attention_softcap: float = Field(0.0, ge=0)
+    """The same as logits_softcap for attention logits."""
+    attention_sinks: bool = False
+    """Each head has a learned logit that takes part in its softmax and has no value (gpt-oss)."""
     sliding_window: int = Field(0, ge=0)
     """A token sees this many tokens, itself included; 0 means all before it."""
     sliding_window_freq: int = Field(1, ge=1)
@@ -193,7 +211,7 @@ class Model(Section):
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "clamped_swiglu")
 
     @property
     def moe_ffn_hidden_size(self) -> int:

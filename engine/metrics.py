@@ -87,7 +87,7 @@ def _attention(model: Model) -> int:
         return _projections(model) + (model.mla.q_lora_rank + model.mla.kv_lora_rank)      # norms of the latents
     h, q, kv = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     biases = (q + 2 * kv) * (model.qkv_bias or model.linear_bias) + h * model.linear_bias
-    return _projections(model) + biases + 2 * _norm(model, model.head_size) * model.qk_norm
+    return _projections(model) + biases + model.num_attention_heads * model.attention_sinks + 2 * _norm(model, model.head_size) * model.qk_norm
 
 
 def _projections(model: Model) -> int:

@@ -1,7 +1,7 @@
 """A network's layers as drawing answers wants them: with a cache, without gradients, and without the cost of what only training needs.
 
     with forward_only(model) as attentions:                     # spec_torch.Attention of each layer; give each a kv_cache.LayerCache
-        hidden = run_layers(network, hidden, turn)              # [s, b, h] through the layers of one chunk
+        hidden = run_layers(network, hidden, turn, local)       # [s, b, h] through the layers of one chunk
 
 One new token is so little work that megatron's own forward passes cost as much as the arithmetic: their context managers, autograd functions
 and checks are two thirds of a step of a small model on a CPU. So linear layers, norms and gates compute plainly meanwhile (their class changes,
@@ -47,13 +47,17 @@ class Turn(NamedTuple):
         return (t * self.cos).addcmul_(t.roll(r // 2, -1), self.sin)
 
 
-def run_layers(network, hidden: Tensor, turn: Turn | None) -> Tensor:
-    """Hidden states [s, b, h] through all layers of a bare chunk, and the norm behind the last layer where the chunk has it."""
+def run_layers(network, hidden: Tensor, turn: Turn | None, local: Turn | None) -> Tensor:
+    """Hidden states [s, b, h] through all layers of a bare chunk, and the norm behind the last layer where the chunk has it.
+
+    turn: None without RoPE. local: the turn in layers with a sliding window.
+    """
     for layer in network.decoder.layers:
         attention = layer.self_attention
         query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden), None)
         if turn is not None:
-            query, key = turn.apply(query), turn.apply(key)
+            own = local if attention.core_attention.window else turn
+            query, key = own.apply(query), own.apply(key)
         hidden = _added(hidden, attention.linear_proj(attention.core_attention(query, key, value, None)))
         hidden = _added(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
     norm = network.decoder.final_layernorm

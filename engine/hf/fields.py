@@ -81,10 +81,10 @@ def rope_keys(model: Model) -> dict[str, Any]:
     return keys | ({"max_position_embeddings": scaling.original_max_position} if scaling.kind == "dynamic" else {})
 
 
-def rope_fields(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of config.Model; rope_scaling wins over rope_parameters, as in transformers 5.
+def rope_fields(hf: Mapping[str, Any], default_theta: float, has_partial: bool = False) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and `rope_percent` of config.Model; rope_scaling wins over rope_parameters, as in transformers 5.
 
-    default_theta: the base period transformers takes when config.json names none.
+    default_theta: the base period transformers takes when config.json names none. has_partial: does the family know partial_rotary_factor?
     Raises HFError for a type, or a partial rotation, that the engine would not reproduce.
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
@@ -94,12 +94,11 @@ def rope_fields(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     refuse({
         f"RoPE type {kind!r} is not supported (default, {', '.join(_ROPE_NAMES)} are)": kind != "default" and kind not in _ROPE_NAMES,
-        f"partial_rotary_factor={partial} is not supported (only 1.0 is)": partial != 1.0,
+        f"partial_rotary_factor={partial} is not supported (only 1.0 is)": partial != 1.0 and not has_partial,
     }, "config.json")
     theta = rope.get("rope_theta") or hf.get("rope_theta") or default_theta
-    if kind == "default":
-        return {"rope_theta": theta}
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **_scaling_fields(kind, rope, hf)}}
+    found = {"rope_theta": theta, **({"rope_percent": partial} if partial != 1.0 else {})}
+    return found if kind == "default" else found | {"rope_scaling": {"kind": kind, **_scaling_fields(kind, rope, hf)}}
 
 
 # The parameters of each type: our field -> transformers' key.

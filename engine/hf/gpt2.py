@@ -38,6 +38,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.num_query_groups={model.num_query_groups}": model.kv_heads != model.num_attention_heads,
         f"model.head_dim={model.head_dim}": model.head_size * model.num_attention_heads != model.hidden_size,
         "model.qk_norm=true": model.qk_norm,
+        f"model.norm_place={model.norm_place}": model.norm_place != "pre",
         f"model.sliding_window={model.sliding_window}": model.sliding_window > 0,
         f"model.moe.num_experts={model.moe.num_experts}": model.moe.num_experts > 0,
     }, f"{ARCHITECTURE} cannot express this model")

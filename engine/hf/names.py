@@ -131,6 +131,19 @@ def to_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tupl
         yield from zip(pair.hf, pair.split(tensor))
 
 
+def ways(pairs: Callable[[Model], list[Pair]]):
+    """(to_hf, from_hf) of a family whose tensors are pairs(model): functions of (model, tensors) that walk them."""
+    def engine_to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Engine tensors -> HF (name, tensor)."""
+        return to_hf(pairs(model), tensors)
+
+    def hf_to_engine(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors -> engine (name, tensor)."""
+        return from_hf(pairs(model), tensors)
+
+    return engine_to_hf, hf_to_engine
+
+
 def some(words: Sequence[str], limit: int = 4) -> str:
     """The first few words and how many more there are, for messages."""
     return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")

@@ -10,7 +10,7 @@ Left out: anything read from data or devices. This module must stay importable w
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,6 +58,8 @@ class Moe(Section):
     """Every n-th layer is MoE; the others are dense."""
     first_dense_layers: int = Field(0, ge=0)
     """This many layers at the bottom stay dense, as in DeepSeek-V2 and V3."""
+    dense_layers: list[Annotated[int, Field(ge=0)]] = []
+    """Further layers that stay dense, by number from 0 (Qwen3-MoE's mlp_only_layers)."""
     balance: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "aux_free", "none"] = "aux_loss"
     """How experts are kept busy: a loss per micro-batch, per sequence or over the global batch; Sinkhorn; DeepSeek's bias; nothing."""
     aux_loss_coeff: float = Field(0.01, ge=0)
@@ -157,7 +159,11 @@ class Model(Section):
     linear_bias: bool = False
     """Bias on every linear layer."""
     qk_norm: bool = False
-    """Normalise queries and keys per head."""
+    """Normalise queries and keys."""
+    qk_norm_width: Literal["head", "all"] = "head"
+    """What one of these norms spans: each head (Qwen3), or all of them together (OLMo-2)."""
+    norm_place: Literal["pre", "post", "both"] = "pre"
+    """What is normalised: the input of attention and MLP, their output before the residual is added (OLMo-2), or both."""
     query_pre_attn_scalar: float = Field(0.0, ge=0)
     """Attention logits are divided by the square root of this; 0 takes the size of a head."""
     attention_softcap: float = Field(0.0, ge=0)
@@ -168,6 +174,8 @@ class Model(Section):
     """A token sees this many tokens, itself included; 0 means all before it."""
     sliding_window_freq: int = Field(1, ge=1)
     """n: every n-th layer sees everything, the others the window; 1 means the window in all layers."""
+    full_attention_layers: int = Field(0, ge=0)
+    """This many layers at the bottom see everything too (Qwen2's max_window_layers)."""
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout after attention, MLP and embedding."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
@@ -220,9 +228,16 @@ class Model(Section):
     @property
     def moe_layers(self) -> list[bool]:
         """One flag per layer: is it a mixture of experts?"""
-        if not self.moe.num_experts:
-            return [False] * self.num_layers
-        return [i >= self.moe.first_dense_layers and i % self.moe.layer_freq == 0 for i in range(self.num_layers)]
+        moe = self.moe
+        return [moe.num_experts > 0 and i >= moe.first_dense_layers and i % moe.layer_freq == 0 and i not in moe.dense_layers
+                for i in range(self.num_layers)]
+
+    @property
+    def window_layers(self) -> list[bool]:
+        """One flag per layer: does it see the sliding window alone?"""
+        freq = self.sliding_window_freq
+        return [self.sliding_window > 0 and i >= self.full_attention_layers and (freq == 1 or (i + 1) % freq != 0)
+                for i in range(self.num_layers)]
 
 
 class Parallel(Section):

@@ -65,7 +65,7 @@ def num_parameters(model: Model, seq_len: int = 0) -> Parameters:
         embeddings += (model.max_position or seq_len) * h
     total = active = embeddings + _norm(model, h)
     for is_moe in model.moe_layers:
-        shared = _attention(model) + 2 * _norm(model, h)
+        shared = _attention(model) + (4 if model.norm_place == "both" else 2) * _norm(model, h)
         if not is_moe:
             shared += _mlp(model, model.ffn_hidden_size)
             total, active = total + shared, active + shared
@@ -87,7 +87,8 @@ def _attention(model: Model) -> int:
         return _projections(model) + (model.mla.q_lora_rank + model.mla.kv_lora_rank)      # norms of the latents
     h, q, kv = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     biases = (q + 2 * kv) * (model.qkv_bias or model.linear_bias) + h * model.linear_bias
-    return _projections(model) + biases + model.num_attention_heads * model.attention_sinks + 2 * _norm(model, model.head_size) * model.qk_norm
+    qk_norms = _norm(model, q) + _norm(model, kv) if model.qk_norm_width == "all" else 2 * _norm(model, model.head_size)
+    return _projections(model) + biases + qk_norms * model.qk_norm + model.num_attention_heads * model.attention_sinks
 
 
 def _projections(model: Model) -> int:

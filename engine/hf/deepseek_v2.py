@@ -7,7 +7,7 @@ Left out, and refused: biases, renormalised router weights (transformers ignores
 """
 
 from functools import partial
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Mapping
 
 import torch
 from torch import Tensor
@@ -73,24 +73,13 @@ def pairs(model: Model) -> list[Pair]:
     return trunk(model, router)
 
 
-def to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Engine tensors -> HF (name, tensor)."""
-    return names.to_hf(pairs(model), tensors)
-
-
-def from_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors -> engine (name, tensor)."""
-    return names.from_hf(pairs(model), tensors)
+to_hf, from_hf = names.ways(pairs)
+canonical = llama.canonical
 
 
 def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
     """The tensors that a folder with this config.json must hold: HF name -> shape."""
     return names.hf_shapes(pairs(to_model(model_fields(hf))))
-
-
-def canonical(name: str) -> str:
-    """The name as transformers writes it today; empty for a stored buffer that is no weight."""
-    return llama.canonical(name)
 
 
 # --- shared with DeepSeek-V3 ---
@@ -99,9 +88,10 @@ def canonical(name: str) -> str:
 def inexpressible(model: Model) -> dict[str, bool]:
     """What neither architecture has, as problems for `refuse`."""
     moe = model.moe
-    return llama.inexpressible(model) | {
+    return llama.inexpressible(model, is_deepseek=True) | llama.windows_differ(model) | {
         "model.mla.kv_lora_rank=0 (no latent attention)": not model.is_latent,
         "model.moe.num_experts=0": moe.num_experts == 0,
+        f"model.moe.dense_layers={moe.dense_layers}": bool(moe.dense_layers),
         f"model.moe.layer_freq={moe.layer_freq}": moe.layer_freq != 1,
         f"model.moe.top_k={moe.top_k}": moe.top_k < 2,
         f"model.moe.shared_expert_ffn_hidden_size={moe.shared_expert_ffn_hidden_size} is no multiple of an expert's {model.moe_ffn_hidden_size}, "
@@ -158,34 +148,21 @@ def common_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     }
 
 
-def trunk(model: Model, router: Callable[[Model, str, str], list[Pair]]) -> list[Pair]:
+def trunk(model: Model, router: llama.Part) -> list[Pair]:
     """All tensors, a layer's router being `router(model, engine prefix, HF prefix)`."""
-    h = model.hidden_size
-    found = [names.vocabulary("embedding.word_embeddings.weight", EMBEDDING, model)]
-    for i, is_moe in enumerate(model.moe_layers):
-        engine, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
-        found += [names.same(engine + "input_layernorm.weight", hf + "input_layernorm.weight", h),
-                  *_attention(model, engine + "self_attention.", hf + "self_attn."),
-                  names.same(engine + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", h)]
-        if is_moe:
-            found += [*router(model, engine + "mlp.router.", hf + "mlp.gate."), *_experts(model, engine + "mlp.", hf + "mlp.")]
-        else:
-            found += _mlp(h, model.ffn_hidden_size, engine + "mlp.", hf + "mlp.")
-    found.append(names.same("decoder.final_layernorm.weight", "model.norm.weight", h))
-    if not model.tie_embeddings:
-        found.append(names.vocabulary("output_layer.weight", "lm_head.weight", model))
-    return found
+    return llama.trunk(model, llama.mlp, partial(_experts, router), _attention)
 
 
 def router(model: Model, engine: str, hf: str) -> list[Pair]:
     return [names.same(engine + "weight", hf + "weight", model.moe.num_experts, model.hidden_size)]
 
 
-def _experts(model: Model, engine: str, hf: str) -> list[Pair]:
-    h, moe = model.hidden_size, model.moe
+def _experts(router: llama.Part, model: Model, engine: str, layer: str) -> list[Pair]:
+    h, moe, hf = model.hidden_size, model.moe, layer + "mlp."
     found = [pair for e in range(moe.num_experts)
              for pair in _mlp(h, model.moe_ffn_hidden_size, f"{engine}experts.local_experts.{e}.", f"{hf}experts.{e}.")]
-    return found + _mlp(h, moe.shared_expert_ffn_hidden_size, engine + "shared_experts.", hf + "shared_experts.")
+    shared = _mlp(h, moe.shared_expert_ffn_hidden_size, engine + "shared_experts.", hf + "shared_experts.")
+    return router(model, engine + "router.", hf + "gate.") + found + shared
 
 
 def _mlp(hidden: int, width: int, engine: str, hf: str) -> list[Pair]:

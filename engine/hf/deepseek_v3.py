@@ -7,9 +7,7 @@ without it when asked to (launch/convert.py --drop-mtp), and exports have none.
 Left out, and refused: weights that are not renormalised, router weights without a sigmoid, rope_interleave=false, FP8 folders.
 """
 
-from typing import Any, Iterator, Mapping
-
-from torch import Tensor
+from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import deepseek_v2, llama, names
@@ -70,24 +68,13 @@ def pairs(model: Model) -> list[Pair]:
     return deepseek_v2.trunk(model, _router)
 
 
-def to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Engine tensors -> HF (name, tensor)."""
-    return names.to_hf(pairs(model), tensors)
-
-
-def from_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors -> engine (name, tensor)."""
-    return names.from_hf(pairs(model), tensors)
+to_hf, from_hf = names.ways(pairs)
+canonical = llama.canonical
 
 
 def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
     """The tensors that a folder with this config.json must hold: HF name -> shape."""
     return names.hf_shapes(pairs(to_model(model_fields(hf))))
-
-
-def canonical(name: str) -> str:
-    """The name as transformers writes it today; empty for a stored buffer that is no weight."""
-    return llama.canonical(name)
 
 
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:

@@ -24,6 +24,26 @@ def refuse(problems: Mapping[str, bool], what: str) -> None:
         raise HFError(f"{what}: " + "; ".join(found))
 
 
+# What few architectures have, and so nearly all must refuse: fields of config.Model with the value that stands for none.
+_RARE = dict(norm_place="pre", norm_zero_centered=False, scale_embeddings=False, logits_softcap=0.0, attention_softcap=0.0,
+             query_pre_attn_scalar=0.0, attention_sinks=False, rope_local_theta=0.0)
+
+
+def differing(model: Model, is_deepseek: bool = False, **fixed) -> dict[str, bool]:
+    """Fields of `model` that an architecture has another value of, as problems for `refuse`. fixed: those of its own, None for any value;
+    what few architectures have is off where it is not named. is_deepseek: does it have latent attention and grouped experts?"""
+    wanted = {name: value for name, value in {**_RARE, **fixed}.items() if value is not None}
+    return {
+        **{f"model.{name}={_spelled(getattr(model, name))}": getattr(model, name) != value for name, value in wanted.items()},
+        f"model.mla.kv_lora_rank={model.mla.kv_lora_rank}": model.is_latent and not is_deepseek,
+        f"model.moe.num_groups={model.moe.num_groups}": model.moe.num_experts > 0 and model.moe.num_groups > 0 and not is_deepseek,
+    }
+
+
+def _spelled(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def need(hf: Mapping[str, Any], *keys: str) -> list[Any]:
     """The numbers under `keys`; HFError names all that config.json lacks (or sets to null)."""
     missing = [key for key in keys if hf.get(key) is None]
@@ -81,10 +101,10 @@ def rope_keys(model: Model) -> dict[str, Any]:
     return keys | ({"max_position_embeddings": scaling.original_max_position} if scaling.kind == "dynamic" else {})
 
 
-def rope_fields(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of config.Model; rope_scaling wins over rope_parameters, as in transformers 5.
+def rope_fields(hf: Mapping[str, Any], default_theta: float, has_partial: bool = False) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and `rope_percent` of config.Model; rope_scaling wins over rope_parameters, as in transformers 5.
 
-    default_theta: the base period transformers takes when config.json names none.
+    default_theta: the base period transformers takes when config.json names none. has_partial: does the family know partial_rotary_factor?
     Raises HFError for a type, or a partial rotation, that the engine would not reproduce.
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
@@ -94,12 +114,11 @@ def rope_fields(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     refuse({
         f"RoPE type {kind!r} is not supported (default, {', '.join(_ROPE_NAMES)} are)": kind != "default" and kind not in _ROPE_NAMES,
-        f"partial_rotary_factor={partial} is not supported (only 1.0 is)": partial != 1.0,
+        f"partial_rotary_factor={partial} is not supported (only 1.0 is)": partial != 1.0 and not has_partial,
     }, "config.json")
     theta = rope.get("rope_theta") or hf.get("rope_theta") or default_theta
-    if kind == "default":
-        return {"rope_theta": theta}
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **_scaling_fields(kind, rope, hf)}}
+    found = {"rope_theta": theta, **({"rope_percent": partial} if partial != 1.0 else {})}
+    return found if kind == "default" else found | {"rope_scaling": {"kind": kind, **_scaling_fields(kind, rope, hf)}}
 
 
 # The parameters of each type: our field -> transformers' key.

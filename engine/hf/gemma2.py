@@ -86,7 +86,7 @@ def common_config(model: Model, seq_len: int, dtype: str) -> dict[str, Any]:
 
 def turns_config(model: Model) -> dict[str, Any]:
     """Keys of config.json for layers of both kinds."""
-    return {"sliding_window": model.sliding_window or None,
+    return {"sliding_window": model.sliding_window or 4096,  # transformers wants one for its masks, also where no layer has it
             "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in model.window_layers]}
 
 

@@ -23,7 +23,7 @@ YARN = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, trunca
 def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of `model` for transformers 4.x and 5.x; see llama.py. Raises HFError where GptOssForCausalLM cannot express the model."""
     moe = model.moe
-    refuse(llama.inexpressible(model, linear_bias=True, attention_sinks=True, activation="clamped_swiglu", swiglu_alpha=None, swiglu_limit=None)
+    refuse(llama.inexpressible(model, linear_bias=True, attention_sinks=True, activation="clamped_swiglu")
            | gemma2.turns_problems(model) | {
         "model.moe.num_experts=0": moe.num_experts == 0,
         "some layers are dense": not all(model.moe_layers),
@@ -33,7 +33,6 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.moe.balance={moe.balance}": moe.balance in ("sinkhorn", "aux_free"),
         "model.moe.softmax_after_top_k=false": not moe.softmax_after_top_k,
         f"model.moe.scaling_factor={moe.scaling_factor}": moe.scaling_factor not in (0.0, 1.0),
-        f"model.moe.num_groups={moe.num_groups}": moe.num_groups > 0,
     }, f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | gemma2.turns_config(model) | {
         "architectures": [ARCHITECTURE],

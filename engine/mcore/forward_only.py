@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from engine.mcore.build import bare
+from engine.mcore.norms import NormedAdd
 from engine.mcore.ops_torch import RMSNorm, SwiGLU
 from engine.mcore.spec_torch import Attention
 
@@ -58,14 +59,16 @@ def run_layers(network, hidden: Tensor, turn: Turn | None, local: Turn | None) -
         if turn is not None:
             own = local if attention.core_attention.window else turn
             query, key = own.apply(query), own.apply(key)
-        hidden = _added(hidden, attention.linear_proj(attention.core_attention(query, key, value, None)))
-        hidden = _added(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
+        hidden = _added(layer.self_attn_bda, hidden, attention.linear_proj(attention.core_attention(query, key, value, None)))
+        hidden = _added(layer.mlp_bda, hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
     norm = network.decoder.final_layernorm
     return hidden if norm is None else norm(hidden)
 
 
-def _added(residual: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
+def _added(how, residual: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
     out, bias = output
+    if isinstance(how, NormedAdd):
+        return residual + how.normed(out, bias)
     return residual + (out if bias is None else out + bias)
 
 

@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
-from engine.mcore import attention_torch, masks
+from engine.mcore import attention_torch, masks, norms
 from engine.mcore.latent_torch import LatentAttention, LatentSubmodules
 from engine.mcore.ops_torch import RMSNorm, SwiGLU, ZeroCentredRMSNorm, apply_rope
 
@@ -41,8 +41,8 @@ megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choic
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
-    dense = _layer_spec(config, model, None)
-    moe = _layer_spec(config, model, config.num_moe_experts) if config.num_moe_experts else None
+    dense, moe = (norms.placed(_layer_spec(config, model, num_experts), config, model, Norm, ColumnParallelLinear)
+                  for num_experts in (None, config.num_moe_experts))
     specs = [moe if is_moe else dense for is_moe in model.moe_layers]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -15,10 +15,16 @@ LLAMA = dict(vocab_size=131, hidden_size=48, intermediate_size=52, num_hidden_la
              num_key_value_heads=2, head_dim=10, max_position_embeddings=64, **_NO_ENDS)
 MIXTRAL = dict(vocab_size=77, hidden_size=40, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=2, head_dim=6, max_position_embeddings=64, num_local_experts=6, num_experts_per_tok=2, **_NO_ENDS)
+DENSE = {key: value for key, value in LLAMA.items() if key != "head_dim"}  # of a family whose configuration has none
+QWEN3_MOE = dict(vocab_size=77, hidden_size=40, intermediate_size=36, moe_intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=6, max_position_embeddings=64, num_experts=6, num_experts_per_tok=2, **_NO_ENDS)
 GPT2 = dict(vocab_size=101, n_positions=40, n_embd=36, n_layer=2, n_head=4, n_inner=50, bos_token_id=None, eos_token_id=None)
 # An original length of 16 brings the wavelengths of a small head on both sides of both bounds.
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0,
               original_max_position_embeddings=16)
+
+YARN = dict(rope_type="yarn", rope_theta=1e5, factor=4.0, original_max_position_embeddings=16)
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.0, 4.0])
 
 MODELS = {
     "llama": ("Llama", LLAMA | dict(rope_parameters=LLAMA3)),
@@ -29,12 +35,26 @@ MODELS = {
     "llama_attention_bias": ("Llama", LLAMA | dict(attention_bias=True)),
     "mixtral": ("Mixtral", MIXTRAL | dict(sliding_window=7)),
     "mixtral_tied": ("Mixtral", MIXTRAL | dict(tie_word_embeddings=True, num_experts_per_tok=3)),
+    "mistral": ("Mistral", LLAMA | dict(sliding_window=9)),
+    "mistral_nemo": ("Mistral", LLAMA | dict(sliding_window=None, head_dim=14, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2": ("Qwen2", DENSE | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen2_tied": ("Qwen2", DENSE | dict(tie_word_embeddings=True, rope_parameters=YARN)),
+    "qwen3": ("Qwen3", LLAMA),
+    "qwen3_tied": ("Qwen3", LLAMA | dict(tie_word_embeddings=True, head_dim=6, use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_MOE | dict(norm_topk_prob=True)),
+    "qwen3_moe_mixed": ("Qwen3Moe", QWEN3_MOE | dict(num_hidden_layers=4, mlp_only_layers=[1], decoder_sparse_step=2, tie_word_embeddings=True,
+                                                     use_sliding_window=True, sliding_window=6)),
+    "phi3": ("Phi3", DENSE | dict(rope_parameters=LONGROPE, original_max_position_embeddings=24, sliding_window=11)),
+    "phi3_partial": ("Phi3", DENSE | dict(num_attention_heads=4, tie_word_embeddings=True,
+                                          rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
+    "olmo2": ("Olmo2", DENSE),
+    "olmo2_tied": ("Olmo2", DENSE | dict(tie_word_embeddings=True, num_key_value_heads=6)),
     "gpt2": ("GPT2", GPT2),
     "gpt2_untied": ("GPT2", GPT2 | dict(tie_word_embeddings=False, n_inner=None, activation_function="relu")),
 }
 
 TP, PP, EP, CP = {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"ep": 2}, {"cp": 2}
-FURTHER: dict[str, list[dict]] = {}
+FURTHER = {"olmo2": [{"tp": 2}, CP], "mistral": [CP], "qwen3": [{"tp": 2}, CP], "phi3": [CP]}
 """Layouts that a model is to be tried under beside tp, pp and, with experts, ep."""
 
 

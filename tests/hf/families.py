@@ -23,7 +23,7 @@ GPT2 = dict(vocab_size=101, n_positions=40, n_embd=36, n_layer=2, n_head=4, n_in
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0,
               original_max_position_embeddings=16)
 
-YARN = dict(rope_type="yarn", rope_theta=1e5, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=1e5, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0, truncate=True)
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.0, 4.0])
 
 MODELS = {
@@ -45,7 +45,7 @@ MODELS = {
     "qwen3_moe_mixed": ("Qwen3Moe", QWEN3_MOE | dict(num_hidden_layers=4, mlp_only_layers=[1], decoder_sparse_step=2, tie_word_embeddings=True,
                                                      use_sliding_window=True, sliding_window=6)),
     "phi3": ("Phi3", DENSE | dict(rope_parameters=LONGROPE, original_max_position_embeddings=24, sliding_window=11)),
-    "phi3_partial": ("Phi3", DENSE | dict(num_attention_heads=4, tie_word_embeddings=True,
+    "phi3_partial": ("Phi3", DENSE | dict(tie_word_embeddings=True,
                                           rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
     "olmo2": ("Olmo2", DENSE),
     "olmo2_tied": ("Olmo2", DENSE | dict(tie_word_embeddings=True, num_key_value_heads=6)),

@@ -2,7 +2,8 @@
 
 A config.json enters as the dict json.load returned; keys of config.Model leave, and the other way round. transformers 4.x
 reads `rope_theta` and `rope_scaling`, 5.x `rope_parameters`; likewise `torch_dtype` and `dtype`. We write all of them and read
-whichever is there. No torch here. Left out, and refused: RoPE of part of a head, and types with no `model.rope_scaling.kind`.
+whichever is there. No torch here. Left out, and refused: RoPE of part of a head, but for a family
+that knows it (phi3.py), and types with no `model.rope_scaling.kind`.
 """
 
 from typing import Any, Mapping
@@ -66,7 +67,9 @@ def to_model(fields: Mapping[str, Any]) -> Model:
         f"{model.kv_heads} key/value heads do not divide {model.num_attention_heads} query heads":
             model.num_attention_heads % model.kv_heads != 0,
     }, "config.json describes no model")
-    scaling, pairs = model.rope_scaling, model.rope_dims // 2
+    scaling, dims = model.rope_scaling, model.rope_dims
+    pairs = dims // 2
+    refuse({f"RoPE rotates pairs, but {dims} dims of a head are to be rotated": model.position == "rope" and dims % 2 != 0}, "config.json describes no model")
     refuse({f"RoPE type longrope has {len(factors)} entries in {name}, but a head has {pairs} pairs": len(factors) != pairs
             for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
             if scaling.kind == "longrope"}, "config.json describes no model")

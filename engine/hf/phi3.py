@@ -36,16 +36,16 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "intermediate_size": model.ffn_hidden_size,
-        "original_max_position_embeddings": scaling.original_max_position if is_long else longest,
-        "partial_rotary_factor": model.rope_percent,
         "sliding_window": model.sliding_window or None,
         "resid_pdrop": model.hidden_dropout,
         "embd_pdrop": model.hidden_dropout,
     }
     config["rope_parameters"]["partial_rotary_factor"] = model.rope_percent
-    if is_long:  # transformers 4.x takes these three keys and no others
+    if model.rope_percent != 1.0:
+        config["partial_rotary_factor"] = model.rope_percent
+    if is_long:  # transformers 4.x takes these three keys of rope_scaling and no others
         config["rope_scaling"] = {"type": "longrope", "short_factor": scaling.short_factor, "long_factor": scaling.long_factor}
-    del config["head_dim"]
+        config["original_max_position_embeddings"] = scaling.original_max_position
     return config
 
 

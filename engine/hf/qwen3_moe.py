@@ -48,7 +48,8 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
 
 def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of config.Model. Raises HFError for what the engine would compute differently."""
-    top_k, is_normalised, experts = hf.get("num_experts_per_tok", 8), hf.get("norm_topk_prob", False), hf.get("num_experts", 128)
+    top_k, is_normalised = hf.get("num_experts_per_tok", 8), hf.get("norm_topk_prob", False)
+    experts = hf.get("num_experts", hf.get("num_local_experts", 128))  # transformers 4.x and 5.x
     refuse(llama.attention_bias(hf) | {
         # megatron takes no softmax after a top-1 choice: it would have no gradient
         "num_experts_per_tok=1 with norm_topk_prob=true is not supported": top_k == 1 and is_normalised,

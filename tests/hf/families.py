@@ -23,8 +23,22 @@ GPT2 = dict(vocab_size=101, n_positions=40, n_embd=36, n_layer=2, n_head=4, n_in
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0,
               original_max_position_embeddings=16)
 
-YARN = dict(rope_type="yarn", rope_theta=1e5, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=1e5, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0, truncate=True)
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.0, 4.0])
+
+_STRETCHED = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0)
+DEEPSEEK = dict(vocab_size=83, hidden_size=40, intermediate_size=52, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, n_group=4, topk_group=2,
+                first_k_dense_replace=1, routed_scaling_factor=1.7, q_lora_rank=18, kv_lora_rank=14, qk_nope_head_dim=10, qk_rope_head_dim=6,
+                v_head_dim=7, max_position_embeddings=64, rope_parameters=_STRETCHED | dict(mscale=1.0, mscale_all_dim=0.5), **_NO_ENDS)
+_PLAIN_ROUTER = dict(n_group=1, topk_group=1, q_lora_rank=None)
+GEMMA = dict(vocab_size=71, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+             max_position_embeddings=64, sliding_window=7, query_pre_attn_scalar=24, **_NO_ENDS)
+_TURNS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_TWO_ROPES = dict(full_attention=dict(rope_type="linear", factor=3.0, rope_theta=1e5), sliding_attention=dict(rope_type="default", rope_theta=1e3))
+GPT_OSS = dict(vocab_size=73, hidden_size=40, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
+               max_position_embeddings=64, sliding_window=7, num_local_experts=6, num_experts_per_tok=2, swiglu_limit=1.0, swiglu_alpha=1.5,
+               rope_parameters=_STRETCHED | dict(truncate=False), **_NO_ENDS)
 
 MODELS = {
     "llama": ("Llama", LLAMA | dict(rope_parameters=LLAMA3)),
@@ -45,23 +59,35 @@ MODELS = {
     "qwen3_moe_mixed": ("Qwen3Moe", QWEN3_MOE | dict(num_hidden_layers=4, mlp_only_layers=[1], decoder_sparse_step=2, tie_word_embeddings=True,
                                                      use_sliding_window=True, sliding_window=6)),
     "phi3": ("Phi3", DENSE | dict(rope_parameters=LONGROPE, original_max_position_embeddings=24, sliding_window=11)),
-    "phi3_partial": ("Phi3", DENSE | dict(num_attention_heads=4, tie_word_embeddings=True,
+    "phi3_partial": ("Phi3", DENSE | dict(tie_word_embeddings=True,
                                           rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
     "olmo2": ("Olmo2", DENSE),
     "olmo2_tied": ("Olmo2", DENSE | dict(tie_word_embeddings=True, num_key_value_heads=6)),
+    "deepseek_v2": ("DeepseekV2", DEEPSEEK | dict(topk_method="group_limited_greedy")),
+    "deepseek_v2_lite": ("DeepseekV2", DEEPSEEK | _PLAIN_ROUTER | dict(topk_method="greedy")),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK | dict(num_mtp_layers=0, n_shared_experts=1)),
+    "deepseek_v3_tied": ("DeepseekV3", DEEPSEEK | _PLAIN_ROUTER | dict(num_mtp_layers=0, tie_word_embeddings=True,
+                                                                      rope_parameters=dict(rope_type="default", rope_theta=5e4))),
+    "gemma2": ("Gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
+    "gemma2_untied": ("Gemma2", GEMMA | dict(attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False,
+                                             layer_types=["full_attention"] * 2)),
+    "gemma3": ("Gemma3Text", GEMMA | dict(num_hidden_layers=4, layer_types=_TURNS, rope_parameters=_TWO_ROPES)),
+    "gpt_oss": ("GptOss", GPT_OSS),
     "gpt2": ("GPT2", GPT2),
     "gpt2_untied": ("GPT2", GPT2 | dict(tie_word_embeddings=False, n_inner=None, activation_function="relu")),
 }
 
 TP, PP, EP, CP = {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"ep": 2}, {"cp": 2}
-FURTHER = {"olmo2": [{"tp": 2}, CP], "mistral": [CP], "qwen3": [{"tp": 2}, CP], "phi3": [CP]}
+FURTHER = {"olmo2": [{"tp": 2}, CP], "mistral": [CP], "qwen3": [{"tp": 2}, CP], "phi3": [CP],
+           "deepseek_v3": [CP], "gemma2": [{"tp": 2}, CP], "gemma3": [CP], "gpt_oss": [CP]}
 """Layouts that a model is to be tried under beside tp, pp and, with experts, ep."""
 
 
 def layouts_of(name: str) -> list[dict]:
     """The layouts of two ranks that a model is carried through; the first is that of one rank, twice."""
     has_experts = any("expert" in key for key in MODELS[name][1])
-    return [{}, *FURTHER.get(name, []), PP, *([EP] if has_experts else []), TP]
+    tp = TP | {"etp": 1} if name == "gpt_oss" else TP  # experts with biases are not split
+    return [{}, *FURTHER.get(name, []), PP, *([EP] if has_experts else []), tp]
 
 
 class Trained(NamedTuple):

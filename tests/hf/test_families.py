@@ -17,7 +17,8 @@ from engine.hf.export import export
 from engine.hf.load import open_hf
 from engine.hf.verify import agreement, prompts, transformers_logits
 
-PROVED = [name for name in MODELS if name not in ("llama_geglu", "llama_attention_bias")]  # which differ in the name map alone
+PROVED = [name for name in MODELS if name not in ("llama_geglu", "llama_attention_bias", "deepseek_v2_lite", "deepseek_v3_tied", "gemma2_untied")]
+# The others differ in the name map, or are parts of these.
 
 
 @pytest.mark.parametrize("name", PROVED)

@@ -277,11 +277,15 @@ def _times_root_of_width(module, inputs, embeddings):
 def _mark_experts(chunk, parallel) -> None:
     """Reduce expert gradients over the expert-data-parallel group whenever it differs from the dense one.
 
-    megatron does so only when ep > 1; with ep = 1 and etp < tp it would leave tp ranks with different experts.
+    megatron does so only when ep > 1; with ep = 1 and etp < tp it would leave tp ranks with different experts. And it would sum the gradient of
+    an expert's second bias over the tp ranks once more, as it does for dense layers under sequence parallel.
     """
-    if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
-        for name, parameter in chunk.named_parameters():
-            if ".experts." in name and ".shared_experts." not in name:
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name and ".shared_experts." not in name:
+            parameter.sequence_parallel = False
+            if parallel.expert_tp == 1:
+                parameter.tensor_model_parallel = True  # no copy, which megatron would count in the norm on one tp rank alone: such biases
+            if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
                 parameter.allreduce = False
 
 

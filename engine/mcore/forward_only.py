@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.mcore.build import bare
 from engine.mcore.norms import NormedAdd
 from engine.mcore.ops_torch import RMSNorm, SwiGLU
-from engine.mcore.spec_torch import Attention
+from engine.mcore.spec_torch import Attention, ExpertRow
 
 
 class Turn(NamedTuple):
@@ -96,7 +96,7 @@ class _SwiGLU(SwiGLU):
         return F.silu(gate).mul_(up)
 
 
-_PLAIN = {ColumnParallelLinear: _Column, RowParallelLinear: _Row, RMSNorm: _RMSNorm, SwiGLU: _SwiGLU}  # exactly these, none that derive from them
+_PLAIN = {ColumnParallelLinear: _Column, RowParallelLinear: _Row, ExpertRow: _Row, RMSNorm: _RMSNorm, SwiGLU: _SwiGLU}  # exactly these, none that derive from them
 
 # What may be on while training, and what stands for off: of modules and dispatchers of experts, and of configurations.
 _OFF = {"sequence_parallel": False, "scatter_to_sequence_parallel": False, "reduce_scatter_embeddings": False, "drop_and_pad": False}

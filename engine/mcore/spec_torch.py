@@ -71,7 +71,7 @@ class TorchBackend(BackendSpecProvider):
         return Attention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
-        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertRow)
 
     def activation_func(self):
         return SwiGLU  # built only where the configuration says so (swiglu)
@@ -109,6 +109,14 @@ def _layer_spec(config, model, num_experts) -> ModuleSpec:
             },
         ),
     )
+
+
+class ExpertRow(RowParallelLinear):
+    """An expert's second matrix. megatron adds its bias in place, which autograd forbids for what a custom function handed through."""
+
+    def forward(self, input_):
+        output, bias = super().forward(input_)
+        return (output if bias is None or not torch.is_grad_enabled() else output.clone()), bias
 
 
 class Norm:

@@ -21,6 +21,8 @@ DENSE = dict(family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=96, n
 MOE = {**DENSE, "family": "mixtral", "moe": dict(num_experts=4, top_k=2, balance="aux_loss", aux_loss_coeff=0.01, z_loss_coeff=1e-3,
                                                 shared_expert_ffn_hidden_size=32)}
 GPT2 = dict(family="gpt2", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB, max_position=SEQ)
+LATENT = dict(family="deepseek_v3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB,
+              mla=dict(q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12))
 MODELS = {
     "dense": DENSE,
     "tied": {**DENSE, "tie_embeddings": True, "qkv_bias": True},
@@ -30,6 +32,9 @@ MODELS = {
     "moe-seq": {**MOE, "moe": {**MOE["moe"], "balance": "seq_aux_loss"}},
     "moe-global": {**MOE, "moe": {**MOE["moe"], "balance": "global_aux_loss"}},
     "moe-bias": {**MOE, "moe": {**MOE["moe"], "balance": "aux_free", "score": "sigmoid"}},
+    "latent": LATENT,
+    "latent-moe": {**LATENT, "moe": dict(num_experts=8, top_k=3, ffn_hidden_size=48, shared_expert_ffn_hidden_size=32, first_dense_layers=1,
+                                         num_groups=4, group_top_k=2, scaling_factor=2.5)},
     "moe-mixed": {**MOE, "moe": {**MOE["moe"], "first_dense_layers": 1, "ffn_hidden_size": 48}},
 }
 
@@ -101,6 +106,10 @@ CASES = [
     case("moe-bias", 2, cp=2),
     case("moe-mixed", 2, pp=2),
     case("moe-mixed", 2, ep=2),
+    case("latent", 2, tp=2),
+    case("latent", 2, tp=2, **SP),
+    case("latent", 2, cp=2),
+    case("latent-moe", 2, tp=2, **SP, etp=1, ep=2),
     case("moe", 4, ep=2, pp=2, vpp=2),
     case("moe", 4, ep=4, zero1=True),
     case("moe", 4, tp=2, **SP, etp=1, ep=2, pp=2),

@@ -6,10 +6,11 @@ Left out: tokenizers (files are copied, never read as such) and architectures th
 
 from typing import Any, Mapping
 
-from engine.hf import gpt2, llama, mixtral
+from engine.hf import deepseek_v2, deepseek_v3, gemma2, gemma3, gpt2, gpt_oss, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
 from engine.hf.fields import HFError, to_model
 
-FAMILIES = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2}
+FAMILIES = {"llama": llama, "mistral": mistral, "mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "phi3": phi3,
+            "olmo2": olmo2, "gemma2": gemma2, "gemma3": gemma3, "deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss, "gpt2": gpt2}
 
 
 def family_of(hf: Mapping[str, Any]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf import names
-from engine.hf.fields import dtype_keys, need, refuse, to_model
+from engine.hf.fields import differing, dtype_keys, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "GPT2LMHeadModel", "gpt2"
@@ -30,7 +30,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     seq_len: tokens per training sample, the number of positions where model.max_position is 0.
     Raises HFError where GPT2LMHeadModel cannot express the model.
     """
-    refuse({
+    refuse(differing(model) | {
         f"model.norm={model.norm}": model.norm != "layernorm",
         f"model.activation={model.activation}": model.activation not in ACTIVATIONS,
         f"model.position={model.position}": model.position != "learned",

@@ -24,6 +24,7 @@ from engine.mcore.build import DTYPES, bare
 from engine.mcore.forward_only import Turn, forward_only, run_layers
 from engine.mcore.sample import draw, uniforms
 from engine.rope import BY_LENGTH, attention_factor, inverse_frequencies
+from engine.rope import local as local_rope
 from engine.sampling import Generated, Sampling, Text
 
 READ_AT_ONCE = 8192  # tokens of prompts in one pass, padding included, unless one prompt alone is longer
@@ -212,13 +213,14 @@ class _Decoder:
         else:
             positions = torch.arange(tokens.size(1), device=device)[None]  # [1, s]
         turn = self._turn(positions.t(), lengths) if self.has_rope else None
+        local = self._local_turn(positions.t()) if self.has_rope and self.model.rope_local_theta else turn
         hidden = None
         for network in self.networks:
             if network.pre_process:
                 hidden = network.embedding(input_ids=tokens, position_ids=positions)
             elif self.topology.pp > 1:
                 hidden = self._received(tokens.shape)
-            hidden = run_layers(network, hidden, turn)  # [s, b, h]
+            hidden = run_layers(network, hidden, turn, local)  # [s, b, h]
             if not network.post_process:
                 dist.send(hidden.contiguous(), mpu.get_pipeline_model_parallel_next_rank(), group=mpu.get_pipeline_model_parallel_group())
         if not self.networks[-1].post_process:
@@ -240,6 +242,12 @@ class _Decoder:
         frequencies = torch.stack([self._frequencies(length) for length in lengths])[:, None] if by_length else self._frequencies(0)
         angles = positions[..., None, None] * frequencies  # [s, b or 1, 1, r / 2], fp32
         return Turn.of(angles, attention_factor(scaling), self.dtype)
+
+    def _local_turn(self, positions: torch.Tensor) -> Turn:
+        """The same in layers that see the sliding window alone, where they have frequencies of their own."""
+        model = local_rope(self.model)
+        frequencies, factor = inverse_frequencies(model.rope_theta, model.rope_dims, model.rope_scaling, 0)
+        return Turn.of(positions[..., None, None] * frequencies.to(self.topology.device), factor, self.dtype)
 
     def _frequencies(self, length: int) -> torch.Tensor:
         """fp32 [r / 2] for rows of this length."""

@@ -1,0 +1,73 @@
+"""Gemma 3, the text model: Gemma3ForCausalLM of transformers, Gemma 2 with q/k norms and two RoPEs (arXiv 2503.19786).
+
+As in gemma2.py. Layers with a sliding window turn with the base period rope_local_theta and no scaling, the others with rope_theta;
+transformers 4.x calls them rope_local_base_freq and rope_theta, 5.x keeps both under rope_parameters, by kind of layer.
+Left out, and refused: capped attention logits (transformers names the field and reads it nowhere), the models with a vision tower
+(Gemma3ForConditionalGeneration), and what gemma2.py refuses.
+"""
+
+from typing import Any, Mapping
+
+from engine.config import Model
+from engine.hf import gemma2, llama, names
+from engine.hf.fields import refuse, to_model
+from engine.hf.names import Pair, Shape
+
+ARCHITECTURE, MODEL_TYPE = "Gemma3ForCausalLM", "gemma3_text"
+EMBEDDING = llama.EMBEDDING
+
+
+def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
+    """config.json of `model` for transformers 4.x and 5.x; see llama.py. Raises HFError where Gemma3ForCausalLM cannot express the model."""
+    refuse(llama.inexpressible(model, qk_norm=True, **gemma2.FIXED, logits_softcap=None, query_pre_attn_scalar=None, rope_local_theta=None)
+           | gemma2.common_problems(model), f"{ARCHITECTURE} cannot express this model")
+    config = gemma2.common_config(model, seq_len, dtype)
+    local = model.rope_local_theta or model.rope_theta
+    return config | {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": model.logits_softcap or None,
+        "rope_local_base_freq": local,
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": {"rope_type": "default", "rope_theta": local}},
+    }
+
+
+def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.Model. Raises HFError for what the engine would compute differently."""
+    both = hf.get("rope_parameters") or {}
+    everywhere, local = both.get("full_attention") or {}, both.get("sliding_attention") or {}
+    refuse({
+        f"attn_logit_softcapping={hf.get('attn_logit_softcapping')}, which transformers ignores in this architecture, is not supported":
+            bool(hf.get("attn_logit_softcapping")),
+        f"RoPE type {local.get('rope_type')!r} of layers with a sliding window is not supported (default is)":
+            local.get("rope_type", "default") != "default",
+    }, "config.json")
+    own = {key: value for key, value in hf.items() if key != "rope_parameters"}
+    scaling = own.get("rope_scaling") or {key: value for key, value in everywhere.items() if key != "rope_theta"}
+    own |= {"rope_scaling": scaling, "rope_theta": everywhere.get("rope_theta") or hf.get("rope_theta") or 1e6}
+    if "layer_types" not in own and "sliding_window_pattern" in hf:
+        own["layer_types"] = ["sliding_attention" if (i + 1) % hf["sliding_window_pattern"] else "full_attention" for i in range(hf["num_hidden_layers"])]
+    fields = gemma2.common_fields(own, rope_theta=1e6, freq=6)
+    theta = local.get("rope_theta") or hf.get("rope_local_base_freq") or 10000.0
+    return fields | {
+        "family": "gemma3",
+        "max_position": hf.get("max_position_embeddings", 131072),
+        "qk_norm": True,
+        "logits_softcap": hf.get("final_logit_softcapping") or 0.0,
+        "rope_local_theta": theta if fields.get("sliding_window") else 0.0,
+    }
+
+
+def pairs(model: Model) -> list[Pair]:
+    """The tensors of Gemma3ForCausalLM, in model order."""
+    return gemma2.pairs(model)
+
+
+to_hf, from_hf = names.ways(pairs)
+canonical = llama.canonical
+
+
+def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
+    """The tensors that a folder with this config.json must hold: HF name -> shape."""
+    return names.hf_shapes(pairs(to_model(model_fields(hf))))

@@ -147,8 +147,8 @@ def _check(args: argparse.Namespace) -> str:
     from data_tools.records import check_output
 
     check_output(args.output, args.input)
-    if args.duplicates and os.path.realpath(args.duplicates) in map(os.path.realpath, [args.output, *args.input]):
-        raise UsageError(f"--duplicates {args.duplicates} is also an input or the output; choose another name")
+    if args.duplicates:
+        check_output(args.duplicates, [*args.input, args.output], "--duplicates")
     if len(set(args.input)) < len(args.input):
         raise UsageError("--input names a file twice; every document of it would be a copy")
     if args.seed < 0:

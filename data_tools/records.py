@@ -98,12 +98,12 @@ def report_problems(problems: list[Problem], on_error: str, num_before: int) -> 
         print(problem, file=sys.stderr)
 
 
-def check_output(path: str, inputs: Sequence[str]) -> None:
-    """Raises UsageError for a name that says no format, or that is also an input."""
+def check_output(path: str, others: Sequence[str], option: str = "--output") -> None:
+    """Raises UsageError for a name that says no format, or that is one of the other files."""
     if not path.lower().endswith(OUTPUT_SUFFIXES):
-        raise UsageError(f"--output {path}: the name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
-    if os.path.realpath(path) in map(os.path.realpath, inputs):
-        raise UsageError(f"--output {path} is also an input; choose another name")
+        raise UsageError(f"{option} {path}: the name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+    if os.path.realpath(path) in map(os.path.realpath, others):
+        raise UsageError(f"{option} {path} is already the name of an input or output; choose another")
 
 
 class RecordWriter:

@@ -197,9 +197,9 @@ def test_no_documents_give_an_empty_file(tmp_path, capsys):
     (["--threshold", "1.5"], 2, "1.5 is not between 0 and 1"),
     (["--bands", "200"], 2, "at most that many bands"),
     (["--seed", "-1"], 2, "--seed -1"),
-    (["--duplicates", "a.jsonl"], 2, "is also an input or the output"),
+    (["--duplicates", "a.jsonl"], 2, "is already the name"),
     (["--output", "o.txt"], 2, "the name must end in one of .jsonl"),
-    (["--output", "a.jsonl"], 2, "is also an input"),
+    (["--output", "a.jsonl"], 2, "is already the name"),
     (["--input", "a.jsonl", "a.jsonl"], 2, "names a file twice"),
     (["--input", "none.jsonl"], 1, "none.jsonl"),
 ], ids=lambda value: str(value))  # fmt: skip

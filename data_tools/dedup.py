@@ -46,18 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Hasher:
-    """A chunk's documents as rows of one size; one per process."""
+    """A block's documents as rows of one size; one per process."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
 
-    def __call__(self, chunk):
+    def __call__(self, block):
         """(path, line numbers, rows as bytes, bytes of input, problems)."""
-        from data_tools.reader import parse
+        from data_tools.reader import parse_block
 
-        texts, problems = parse(chunk, self.args.json_key)
-        rows = self.rows([text for _, text in texts]) if texts else b""
-        return chunk.path, [number for number, _ in texts], rows, sum(map(len, chunk.lines)), problems
+        lines, (texts,), problems = parse_block(block, [self.args.json_key])
+        return block.path, lines, self.rows(texts) if texts else b"", block.num_bytes, problems
 
     def rows(self, texts: list[str]) -> bytes:
         if self.args.method == "exact":
@@ -84,21 +83,21 @@ class Places:
         self.lines.extend(numbers)
         self.num_documents[path] += len(numbers)
 
-    def numbered(self, chunks: Iterable) -> Iterator[tuple[object, dict[int, int]]]:
-        """(chunk, {line number: document number}) for the chunks of the same files, read once more."""
-        first = 0
-        ranges = {}
+    def numbered(self, blocks: Iterable, json_key: str) -> Iterator[tuple[object, list[tuple[int, int, bytes]]]]:
+        """(block, its documents as (document number, line number, line of JSON)) for the blocks of the same files, read once more."""
+        from data_tools.records import raw_lines
+
+        ranges, first = {}, 0
         for path, count in self.num_documents.items():
             ranges[path] = [first, first + count]
             first += count
-        for chunk in chunks:
-            rest = ranges[chunk.path]
-            found = {}
-            for number in chunk.line_numbers:  # lines that could not be read are passed over
-                if rest[0] < rest[1] and number == self.lines[rest[0]]:
-                    found[number] = rest[0]
+        for block in blocks:
+            rest, found = ranges[block.path], []
+            for number, raw in raw_lines(block, json_key):
+                if rest[0] < rest[1] and number == self.lines[rest[0]]:  # lines that could not be read are passed over
+                    found.append((rest[0], number, raw))
                     rest[0] += 1
-            yield chunk, found
+            yield block, found
         for path, (begin, end) in ranges.items():
             if begin < end:
                 from engine.data.indexed import DataError
@@ -119,11 +118,13 @@ def dedup(args: argparse.Namespace) -> None:
     import numpy as np
 
     from data_tools.manifest import write_manifest
+    from data_tools.reader import expand
 
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # --workers says how many cores are used, not the library's own thread pool
-    folder = _check(args)
+    paths = expand(args.input, args.format)
+    folder = _check(args, paths)
     with tempfile.TemporaryFile(dir=folder) as rows_file:
-        places, num_malformed = _hash_all(args, rows_file)
+        places, num_malformed = _hash_all(args, paths, rows_file)
         rows = _mapped(rows_file, args, len(places.lines))
         firsts = _firsts(args, rows, places)
         sizes = np.bincount(firsts, minlength=1)
@@ -134,7 +135,7 @@ def dedup(args: argparse.Namespace) -> None:
         }  # fmt: skip
         if not args.dry_run:
             outputs = _copy(args, places, firsts, rows)
-            write_manifest(args.output, "dedup", vars(args), args.input, outputs, counts)
+            write_manifest(args.output, "dedup", vars(args), paths, outputs, counts)
     print(
         f"{counts['documents_in']} documents in: {num_written} written, {counts['duplicates']} duplicates "
         f"in {counts['clusters']} clusters (largest {counts['largest_cluster']}), {num_malformed} malformed"
@@ -142,36 +143,36 @@ def dedup(args: argparse.Namespace) -> None:
     print("nothing was written (--dry-run)" if args.dry_run else args.output)
 
 
-def _check(args: argparse.Namespace) -> str:
+def _check(args: argparse.Namespace, paths: list[str]) -> str:
     """Judges the names before any work; returns the folder of the output."""
+    from data_tools.files import need
     from data_tools.records import check_output
 
-    check_output(args.output, args.input)
+    check_output(args.output, paths)
     if args.duplicates:
-        check_output(args.duplicates, [*args.input, args.output], "--duplicates")
-    if len(set(args.input)) < len(args.input):
+        check_output(args.duplicates, [*paths, args.output], "--duplicates")
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise UsageError("--input names a file twice; every document of it would be a copy")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed} is below 0")
     if args.method == "minhash":
-        try:
-            import rensa  # noqa: F401
-        except ImportError:
-            raise UsageError("--method minhash needs rensa: pip install rensa, or use --method exact") from None
+        need("rensa", "--method minhash")
     folder = os.path.dirname(os.path.abspath(args.output))
     os.makedirs(folder, exist_ok=True)
     return folder
 
 
-def _hash_all(args: argparse.Namespace, rows_file) -> tuple[Places, int]:
+def _hash_all(args: argparse.Namespace, paths: list[str], rows_file) -> tuple[Places, int]:
     """Writes the rows of all documents; returns where they stand, and the number of malformed ones."""
     from data_tools.progress import Progress
-    from data_tools.records import known_size, read_record_chunks, report_problems
+    from data_tools.reader import read_blocks
+    from data_tools.records import report_problems, total_size
     from data_tools.workers import map_in_order
 
-    places, num_malformed = Places(args.input), 0
-    with Progress("dedup: hashing", known_size(args.input), args.quiet) as progress:
-        for path, numbers, rows, num_bytes, problems in map_in_order(Hasher, (args,), read_record_chunks(args.input, args.format), args.workers):
+    places, num_malformed = Places(paths), 0
+    blocks = read_blocks(paths, args.format, [args.json_key])
+    with Progress("dedup: hashing", total_size(paths), args.quiet) as progress:
+        for path, numbers, rows, num_bytes, problems in map_in_order(Hasher, (args,), blocks, args.workers):
             report_problems(problems, args.on_error, num_malformed)
             num_malformed += len(problems)
             places.add(path, numbers)
@@ -212,17 +213,20 @@ def _jaccard(args: argparse.Namespace, places: Places, pairs):
     """The true Jaccard similarity of each pair, from the n-grams of the documents in pairs, which are held in memory."""
     import numpy as np
 
-    from data_tools.records import read_record_chunks, records_of
+    from data_tools.reader import parse_block, read_blocks
     from data_tools.words import ngrams, split_words
 
     needed = np.zeros(len(places.lines), bool)
     needed[pairs] = True
     sets = {}
-    for chunk, found in places.numbered(read_record_chunks(args.input, args.format)):
-        records = [record for record in records_of(chunk, args.json_key)[0] if needed[found[record.line]]]
-        hashes, _, offsets = ngrams(split_words([record.text for record in records]), args.ngram, short=True)
-        for i, record in enumerate(records):
-            sets[found[record.line]] = np.unique(hashes[offsets[i] : offsets[i + 1]])
+    for block, found in places.numbered(read_blocks(list(places.num_documents), args.format, [args.json_key]), args.json_key):
+        chosen = [(document, number) for document, number, _ in found if needed[document]]
+        if chosen:
+            lines, (texts,), _ = parse_block(block, [args.json_key])
+            by_line = dict(zip(lines, texts))
+            hashes, _, offsets = ngrams(split_words([by_line[number] for _, number in chosen]), args.ngram, short=True)
+            for i, (document, _) in enumerate(chosen):
+                sets[document] = np.unique(hashes[offsets[i] : offsets[i + 1]])
     shared = np.array([np.intersect1d(sets[a], sets[b], assume_unique=True).size for a, b in pairs.tolist()], np.float64)
     sizes = np.array([sets[a].size + sets[b].size for a, b in pairs.tolist()], np.float64)
     return shared / np.maximum(sizes - shared, 1)
@@ -233,21 +237,20 @@ def _copy(args: argparse.Namespace, places: Places, firsts, rows) -> list[str]:
     import numpy as np
 
     from data_tools.progress import Progress
-    from data_tools.records import RecordWriter, known_size, raw_lines, read_record_chunks
+    from data_tools.reader import read_blocks
+    from data_tools.records import RecordWriter, total_size
 
+    paths = list(places.num_documents)
     is_first = (firsts == np.arange(firsts.size)).astype(np.uint8).tobytes()
     removed = RecordWriter(args.duplicates) if args.duplicates else nullcontext()
-    with Progress("dedup: writing", known_size(args.input), args.quiet) as progress, RecordWriter(args.output) as kept, removed:
-        for chunk, found in places.numbered(read_record_chunks(args.input, args.format)):
-            for number, raw in zip(chunk.line_numbers, raw_lines(chunk, args.json_key)):
-                document = found.get(number)
-                if document is None:  # malformed, and reported before
-                    continue
+    with Progress("dedup: writing", total_size(paths), args.quiet) as progress, RecordWriter(args.output) as kept, removed:
+        for block, found in places.numbered(read_blocks(paths, args.format), args.json_key):
+            for document, _, raw in found:
                 if is_first[document]:
                     kept.write(raw)
                 elif args.duplicates:
                     removed.write(_removed(args, places, document, int(firsts[document]), rows))
-            progress.add(sum(map(len, chunk.lines)), len(found))
+            progress.add(block.num_bytes, len(found))
     return [args.output, args.duplicates] if args.duplicates else [args.output]
 
 

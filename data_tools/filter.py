@@ -14,6 +14,7 @@ Left out: classifiers and perplexity; duplicates across documents (dedup.py).
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def _nearest(name: str, names) -> str:
 
 @dataclass
 class Judged:
-    """A chunk's records: what stays, what goes and why."""
+    """A block's records: what stays, what goes and why."""
 
     kept: list[bytes] = field(default_factory=list)
     rejected: list[tuple[str, str, object]] = field(default_factory=list)  # (rule, why, Record)
@@ -109,7 +110,7 @@ class Judged:
 
 
 class Judge:
-    """Judges chunks; one per process."""
+    """Judges blocks; one per process."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from data_tools.blocklist import Addresses, Phrases, read_entries
@@ -120,11 +121,11 @@ class Judge:
         self.addresses = Addresses(read_entries(args.url_blocklist)) if args.url_blocklist else None
         self.identify = _identifier(args.language) if args.language else None
 
-    def __call__(self, chunk) -> Judged:
+    def __call__(self, block) -> Judged:
         from data_tools.records import records_of
 
-        records, problems = records_of(chunk, self.args.json_key)
-        judged = Judged(problems=problems, num_bytes=sum(map(len, chunk.lines)))
+        records, problems = records_of(block, self.args.json_key)
+        judged = Judged(problems=problems, num_bytes=block.num_bytes)
         for record in records:
             text = record.text
             if self.args.c4_lines:
@@ -163,18 +164,13 @@ class Judge:
 
 
 def _url(raw: bytes, key: str) -> str:
-    import orjson
-
-    url = orjson.loads(raw).get(key)
+    url = json.loads(raw).get(key)
     return url if isinstance(url, str) else ""
 
 
 def _with_text(raw: bytes, key: str, text: str) -> bytes:
-    import orjson
-
-    record = orjson.loads(raw)
-    record[key] = text
-    return orjson.dumps(record)
+    # json rather than orjson: it reads and writes NaN and integers beyond 64 bits, so the other fields stay what they are.
+    return json.dumps(json.loads(raw) | {key: text}, ensure_ascii=False).encode()
 
 
 def _identifier(languages: Sequence[str]):
@@ -236,20 +232,22 @@ class Report:
 def filter_documents(args: argparse.Namespace) -> None:
     from data_tools.manifest import write_manifest
     from data_tools.progress import Progress
-    from data_tools.records import RecordWriter, check_output, known_size, read_record_chunks, report_problems
+    from data_tools.reader import expand, read_blocks
+    from data_tools.records import RecordWriter, check_output, report_problems, total_size
     from data_tools.workers import map_in_order
 
-    check_output(args.output, args.input)
+    paths = expand(args.input, args.format)
+    check_output(args.output, paths)
     if args.rejected:
-        check_output(args.rejected, [*args.input, args.output], "--rejected")
+        check_output(args.rejected, [*paths, args.output], "--rejected")
     judge = Judge(args)  # all options are judged before any work is done
     report = Report()
     writes_rejected = args.rejected and not args.dry_run
     kept = nullcontext() if args.dry_run else RecordWriter(args.output)
     rejected = RecordWriter(args.rejected) if writes_rejected else nullcontext()
-    with Progress("filter", known_size(args.input), args.quiet) as progress, kept, rejected:
+    with Progress("filter", total_size(paths), args.quiet) as progress, kept, rejected:
         make, arguments = (lambda: judge, ()) if args.workers == 1 else (Judge, (args,))
-        for judged in map_in_order(make, arguments, read_record_chunks(args.input, args.format), args.workers):
+        for judged in map_in_order(make, arguments, read_blocks(paths, args.format), args.workers):
             report_problems(judged.problems, args.on_error, report.num_malformed)
             report.add(judged)
             for raw in () if args.dry_run else judged.kept:
@@ -261,7 +259,7 @@ def filter_documents(args: argparse.Namespace) -> None:
     if args.dry_run:
         print("nothing was written (--dry-run)")
         return
-    inputs = [*args.input, *args.blocklist, *args.url_blocklist]
+    inputs = [*paths, *args.blocklist, *args.url_blocklist]
     outputs = [args.output, args.rejected] if args.rejected else [args.output]
     write_manifest(args.output, "filter", vars(args), inputs, outputs, report.counts())
     print(args.output)

@@ -1,6 +1,6 @@
 """Whole records in and out: what the tools from text to text read and write.
 
-In: input files, as chunks of the reader. A record is the raw line of JSON and its text, so that what is kept is written byte
+In: blocks of the reader. A record is the line of JSON as it stands in the file and its text, so that what is kept is written byte
 for byte, with all its other fields; Parquet rows and text files become such lines. Out: one JSON-lines file, plain, .gz or
 .zst, which appears under its name only when it is complete.
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 import gzip
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
 from data_tools.cli import UsageError
+from data_tools.files import need
 from data_tools.options import OUTPUT_SUFFIXES
-from data_tools.reader import CHUNK_BYTES, Chunk, Problem, parse, read_chunks
+from data_tools.reader import Block, Problem, parse_block
 from engine.data.indexed import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # it belongs to a file, not to its first record
@@ -35,56 +36,34 @@ class Record:
     text: str
 
 
-def records_of(chunk: Chunk, json_key: str) -> tuple[list[Record], list[Problem]]:
-    """The records of a chunk in order, and what could not be read."""
-    texts, problems = parse(chunk, json_key)
-    raw = dict(zip(chunk.line_numbers, raw_lines(chunk, json_key)))
-    return [Record(chunk.path, number, raw[number], text) for number, text in texts], problems
+def records_of(block: Block, json_key: str) -> tuple[list[Record], list[Problem]]:
+    """The records of a block in order, and what could not be read."""
+    lines, (texts,), problems = parse_block(block, [json_key])
+    raw = dict(raw_lines(block, json_key))
+    return [Record(block.path, line, raw[line], text) for line, text in zip(lines, texts)], problems
 
 
-def raw_lines(chunk: Chunk, json_key: str) -> list[bytes]:
-    """The chunk's lines as they are written, without newlines; nothing is parsed, so malformed ones are among them."""
-    if chunk.is_json:
-        return [line.strip().removeprefix(BYTE_ORDER_MARK) for line in chunk.lines]
-    return [orjson.dumps({json_key: line.decode("utf-8-sig", "replace")}) for line in chunk.lines]
-
-
-def read_record_chunks(paths: Sequence[str], override: str = "auto") -> Iterator[Chunk]:
-    """The input files as chunks in order; rows of Parquet files as lines of JSON."""
-    for path in paths:
-        if path.lower().endswith(".parquet") and override == "auto":
-            yield from _parquet_chunks(path)
-        else:
-            yield from read_chunks([path], override)
-
-
-def _parquet_chunks(path: str) -> Iterator[Chunk]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 1
-            for batch in file.iter_batches(batch_size=1000):
-                lines = [orjson.dumps(row, default=_plain) for row in batch.to_pylist()]
-                yield Chunk(path, True, list(range(number, number + len(lines))), lines)
-                number += len(lines)
-    except (pyarrow.ArrowException, TypeError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet with rows of JSON types ({error})") from None
+def raw_lines(block: Block, json_key: str) -> Iterator[tuple[int, bytes]]:
+    """(line number, line of JSON) of a block; nothing is parsed, so malformed ones are among them, but blank ones are not."""
+    if block.kind == "jsonl":
+        for number, line in enumerate(block.data.split(b"\n"), start=block.first_line):
+            if line := line.strip():
+                yield number, line.removeprefix(BYTE_ORDER_MARK)
+    elif block.kind == "text":
+        yield 1, orjson.dumps({json_key: block.data.decode("utf-8-sig", "replace")})
+    else:
+        for number, row in enumerate(zip(*block.data.values()), start=block.first_line):
+            yield number, orjson.dumps(dict(zip(block.data, row)), default=_plain)
 
 
 def _plain(value: object) -> object:
-    """What JSON has no type for, as text: decimals, durations, and bytes that are UTF-8."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+    """What JSON has no type for, as text: decimals, durations, bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def known_size(paths: Iterable[str]) -> int | None:
-    """Bytes that the chunks of these files will hold in all; None when some are compressed."""
-    paths = list(paths)
-    sizes = [os.stat(path).st_size for path in paths]  # also tells a missing file before any work is done
-    return None if any(path.lower().endswith((".gz", ".zst", ".parquet")) for path in paths) else sum(sizes)
+def total_size(paths: Sequence[str]) -> int:
+    """Bytes of the files on disk."""
+    return sum(os.stat(path).st_size for path in paths)
 
 
 def report_problems(problems: list[Problem], on_error: str, num_before: int) -> None:
@@ -144,8 +123,5 @@ def _compressed(file, name: str):
         return gzip.GzipFile("", "wb", 6, file, mtime=0)  # no name and no time inside: equal documents give equal bytes
     if not name.endswith(".zst"):
         return file
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError(f"{name}: writing .zst needs zstandard: pip install zstandard") from None
+    zstandard = need("zstandard", f"{name} is to be compressed with zstd")
     return zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False)

@@ -122,7 +122,7 @@ class Judge:
         self.identify = _identifier(args.language) if args.language else None
 
     def __call__(self, block) -> Judged:
-        from data_tools.records import records_of
+        from data_tools.records import records_of, with_text
 
         records, problems = records_of(block, self.args.json_key)
         judged = Judged(problems=problems, num_bytes=block.num_bytes)
@@ -139,7 +139,7 @@ class Judge:
             elif text is record.text:
                 judged.kept.append(record.raw)
             else:
-                judged.kept.append(_with_text(record.raw, self.args.json_key, text))
+                judged.kept.append(with_text(record.raw, self.args.json_key, text))
                 judged.num_edited += 1
         return judged
 
@@ -166,11 +166,6 @@ class Judge:
 def _url(raw: bytes, key: str) -> str:
     url = json.loads(raw).get(key)
     return url if isinstance(url, str) else ""
-
-
-def _with_text(raw: bytes, key: str, text: str) -> bytes:
-    # json rather than orjson: it reads and writes NaN and integers beyond 64 bits, so the other fields stay what they are.
-    return json.dumps(json.loads(raw) | {key: text}, ensure_ascii=False).encode()
 
 
 def _identifier(languages: Sequence[str]):

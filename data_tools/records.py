@@ -8,6 +8,7 @@ for byte, with all its other fields; Parquet rows and text files become such lin
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,11 @@ def raw_lines(block: Block, json_key: str) -> Iterator[tuple[int, bytes]]:
     else:
         for number, row in enumerate(zip(*block.data.values()), start=block.first_line):
             yield number, orjson.dumps(dict(zip(block.data, row)), default=_plain)
+
+
+def with_text(raw: bytes, key: str, text: str) -> bytes:
+    """The record with another text; its other fields stay what they are, for which json is used: it knows NaN and integers beyond 64 bits."""
+    return json.dumps(json.loads(raw) | {key: text}, ensure_ascii=False).encode()
 
 
 def _plain(value: object) -> object:

@@ -2,7 +2,7 @@
 
   python data_tools/peek.py work/web_text_document --tokenizer hf:work/tokenizer --document 7
   python data_tools/peek.py work/web_text_document --tokenizer bytes --sample 0 --seq-len 256 --num-samples 1000 --seed 1234
-  python data_tools/peek.py config.yaml --sample 5000 train.seq_len=4096
+  python data_tools/peek.py config.yaml --sample 5000 --set train.seq_len=4096
 
 A sample of a corpus is the one that pretraining with the same split, seq-len, number of samples and seed sees at that number; with
 --eod-id, --reset-at-eod and --eod-mask-loss it is shown as the loss sees it. With a run's configuration the sample is that of the
@@ -26,7 +26,7 @@ SPLIT_NAMES = ("train", "valid", "test")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peek.py", description="Print a corpus's summary, a document, or a training sample.")
     parser.add_argument("prefix", metavar="PREFIX", help="the corpus (path without .bin/.idx), or a run's configuration (.yaml)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the configuration")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes of the configuration")
     parser.add_argument("--tokenizer", metavar="SPEC", help="decode with hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--document", type=int, metavar="N", help="print document N")
@@ -48,8 +48,8 @@ def peek(args: argparse.Namespace) -> None:
         return
     from engine.data.indexed import IndexedCorpus
 
-    if args.overrides:
-        raise UsageError(f"{args.overrides[0]}: changes of a configuration need a configuration (.yaml) in front of them")
+    if args.set:
+        raise UsageError(f"--set {args.set[0]} changes a configuration, and {args.prefix} is none (.yaml)")
     if args.sample is not None and args.seq_len is None:
         raise UsageError("--sample needs --seq-len, the tokens per sample of the run")
     corpus = IndexedCorpus(args.prefix)
@@ -105,10 +105,11 @@ def _print_sample(corpus, args: argparse.Namespace) -> None:
     _check_number(args.sample, len(samples))
     print(f"sample {args.sample} of {len(samples)}: {args.seq_len} tokens and one more as the last label")
     if args.reset_at_eod or args.eod_mask_loss:
+        eod_id = _eod_id(args)
         from engine.data.text import NextToken
 
         _print_sources(samples, args.sample)
-        _print_rows(NextToken(samples, _eod_id(args), args.reset_at_eod, args.eod_mask_loss), args.sample, show)
+        _print_rows(NextToken(samples, eod_id, args.reset_at_eod, args.eod_mask_loss), args.sample, show)
         return
     for document, offset, count in samples.documents_of(args.sample):
         print(f"--- document {document}, tokens {offset} to {offset + count - 1}{_origin(corpus.prefix, document)}")
@@ -140,7 +141,7 @@ def _peek_run(args: argparse.Namespace) -> None:
         raise UsageError("a configuration needs --sample N, the number of a training sample; peek into a corpus by its prefix")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            run = load_config(args.prefix, args.overrides)
+            run = load_config(args.prefix, args.set)
             if not run.data.cache_dir and not (Path(run.run.dir) / "index_cache").exists():  # to look at a run is not to begin it
                 run = run.model_copy(update={"data": run.data.model_copy(update={"cache_dir": scratch})})
             stage = build_stage(run.stage)

@@ -4,10 +4,10 @@ In: texts. Out: for every word its hash and its place in its text, and from thes
 words have equal hashes, and the case of letters makes no difference. A word is a run of letters, digits and combining marks;
 a character of a script that writes no spaces (Chinese, Japanese, Thai and their neighbours) is a word by itself.
 
-The hash of a word is a polynomial in its code points modulo 2^64, so that a cumulative sum over a block of texts gives those of
-all words together, several times faster than splitting and hashing in Python. Two different n-grams of one corpus share a hash
-with probability of about (number of n-grams)^2 / 2^65. Memory: some 60 bytes for each character of a block, or of a text if that
-is longer. Left out: Unicode normalisation (it would move the places).
+Words of ASCII letters are read eight bytes at a time, others are polynomials in their code points, both for all words of a block
+of texts at once, which is several times faster than splitting and hashing in Python. Two different n-grams of a corpus share
+a hash with probability of about (number of n-grams)^2 / 2^65. Memory: some 40 bytes for each character of a block, or of a text
+if that is longer. Left out: Unicode normalisation (it would move the places).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ SEPARATOR, IN_WORD, ALONE = 0, 1, 2
 TABLE_SIZE = 0x20000  # characters beyond are ideographs
 # Blocks of scripts that put no spaces between words: Thai to Tibetan, Myanmar, Khmer, kana and ideographs, their compatibility forms.
 UNSPACED = ((0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0xFF66, 0xFF9F))
-BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
+BASE = 0x9E3779B97F4A7C15  # odd: multiplying by it loses no bits
 MASK = (1 << 64) - 1
+KEPT = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the first n of eight bytes
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ def ngrams(words: Words, n: int, short: bool) -> tuple[np.ndarray, np.ndarray, n
     # Gram g of text i begins at word offsets_of_words[i] + (g - offsets_of_grams[i]).
     first = np.arange(offsets[-1]) + np.repeat(words.offsets[:-1] - offsets[:-1], num_grams)
     padded = np.concatenate([words.hashes, np.zeros(n, np.uint64)])
-    hashes = np.zeros(first.size, np.uint64)
-    for k in range(n):  # Horner's rule
-        hashes *= np.uint64(BASE)
-        hashes += padded[first + k]
+    rolling = np.zeros(words.hashes.size, np.uint64)
+    for k in range(n):  # Horner's rule, at every word: those that run into the next text are left out after
+        rolling *= np.uint64(BASE)
+        rolling += padded[k : k + rolling.size]
+    hashes = rolling[first]
     for i in np.flatnonzero((counts > 0) & (counts < n)) if short else ():
         value = 0
         for word in words.hashes[words.offsets[i] : words.offsets[i + 1]].tolist():
@@ -85,18 +87,18 @@ def _blocks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _split_block(texts: Sequence[str]) -> Words:
     # A space closes each text, so that no word runs into the next one.
-    kind, values = _classify(" ".join(texts) + " ")
+    kind, low, points = _classify(" ".join(texts) + " ")
     previous = np.empty_like(kind)
     previous[0], previous[1:] = SEPARATOR, kind[:-1]
-    is_start = (kind == ALONE) | ((kind == IN_WORD) & (previous != IN_WORD))
     # A word ends where a run of word characters does, and behind every character that stands alone.
+    is_start = (kind == ALONE) | ((kind == IN_WORD) & (previous != IN_WORD))
     is_end = (previous == ALONE) | ((previous == IN_WORD) & (kind != IN_WORD))
     starts, ends = np.flatnonzero(is_start), np.flatnonzero(is_end)
-
-    powers, inverses = _powers(max(1 << 20, 1 << kind.size.bit_length()))
-    sums = np.zeros(kind.size + 1, np.uint64)
-    np.cumsum(np.multiply(values, powers[: kind.size], out=values), out=sums[1:])
-    hashes = _mixed((sums[ends] - sums[starts]) * inverses[starts])
+    hashes = _byte_hashes(low, starts, ends - starts)
+    if points is not None:
+        others = np.flatnonzero(points >= 128)
+        wide = np.flatnonzero(np.searchsorted(others, starts) < np.searchsorted(others, ends))
+        hashes[wide] = _point_hashes(points, starts[wide], ends[wide] - starts[wide])
 
     lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
     begins = _offsets(lengths)
@@ -105,24 +107,46 @@ def _split_block(texts: Sequence[str]) -> Words:
     return Words(hashes, starts - shift, ends - shift, offsets)
 
 
-def _classify(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The kind uint8 and the lower-case code point uint64 of every character."""
-    kinds, lower = _tables()
-    if text.isascii():
-        narrow, others = text.encode("ascii"), None
-    else:
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        others = np.flatnonzero(points >= 128)
-        narrow = np.minimum(points, 128).astype(np.uint8).tobytes()
+def _classify(text: str) -> tuple[np.ndarray, bytes, np.ndarray | None]:
+    """The kind uint8 of every character, its lower case in ASCII (128: it is none), and the code points, None when all are ASCII."""
+    kinds, _ = _tables()
+    table = bytes(kinds[:128]) + bytes(128)
     # bytes.translate is far faster than indexing an array with an array; the few other characters are set one by one.
-    kind = np.frombuffer(bytearray(narrow.translate(bytes(kinds[:128]) + bytes(128))), np.uint8)
-    values = np.frombuffer(narrow.lower(), np.uint8).astype(np.uint64)
-    if others is not None:
-        rare = points[others]
-        inside = np.minimum(rare, TABLE_SIZE)
-        kind[others] = kinds[inside]
-        values[others] = np.where(rare < TABLE_SIZE, lower[inside], rare)
-    return kind, values
+    if text.isascii():
+        narrow = text.encode("ascii")
+        return np.frombuffer(narrow.translate(table), np.uint8), narrow.lower(), None
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    narrow = np.minimum(points, 128).astype(np.uint8).tobytes()
+    kind = np.frombuffer(bytearray(narrow.translate(table)), np.uint8)
+    others = np.flatnonzero(points >= 128)
+    kind[others] = kinds[np.minimum(points[others], TABLE_SIZE)]
+    return kind, narrow.lower(), points
+
+
+def _byte_hashes(low: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The hash of every word from its bytes, which are never zero, so that padding with zeros is no ambiguity."""
+    eights = np.ndarray(len(low) + 1, "<u8", low + bytes(8), 0, (1,))  # overlapping: eight bytes from every place on
+    hashes = eights[starts] & KEPT[np.minimum(lengths, 8)]
+    longer, at = np.flatnonzero(lengths > 8), 8
+    while longer.size:
+        hashes[longer] = _mixed(hashes[longer]) + (eights[starts[longer] + at] & KEPT[np.minimum(lengths[longer] - at, 8)])
+        at += 8
+        longer = longer[lengths[longer] > at]
+    return _mixed(hashes)
+
+
+def _point_hashes(points: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The hash of every word from its code points: the sum of point * BASE^place, modulo 2^64."""
+    if starts.size == 0:
+        return np.zeros(0, np.uint64)
+    _, lower = _tables()
+    begins = _offsets(lengths)
+    places = np.arange(begins[-1]) - np.repeat(begins[:-1], lengths)
+    taken = points[np.repeat(starts, lengths) + places]
+    values = np.where(taken < TABLE_SIZE, lower[np.minimum(taken, TABLE_SIZE)], taken)
+    powers = np.full(int(lengths.max()), BASE, np.uint64)
+    powers[0] = 1
+    return _mixed(np.add.reduceat(values * np.cumprod(powers)[places], begins[:-1]))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -154,14 +178,3 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     # A letter whose lower case is several characters stays as it is.
     lower = np.fromiter((ord(low) if len(low := c.lower()) == 1 else ord(c) for c in characters), np.uint64, TABLE_SIZE)
     return np.append(kinds, np.uint8(ALONE)), np.append(lower, np.uint64(0))
-
-
-@lru_cache(maxsize=2)
-def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """BASE^i and BASE^-i modulo 2^64 for i below count."""
-    values = []
-    for base in (BASE, pow(BASE, -1, 1 << 64)):
-        powers = np.full(count, base, np.uint64)
-        powers[0] = 1
-        values.append(np.cumprod(powers, dtype=np.uint64))
-    return values[0], values[1]

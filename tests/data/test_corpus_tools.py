@@ -165,6 +165,9 @@ def test_peek_shows_positions_segments_and_loss(tmp_path, capsys):
     texts = "".join(lines[lines.index(line) + 1] for line in shown).replace("<eod>", "#")
     assert texts == "".join("#" if token == 256 else chr(token) for token in labels)
     assert f"from {tmp_path}/a.jsonl:" in lines[1]
+    assert peek.main(arguments[:-1]) == 0  # with all labels in the loss, a run is a document
+    shown = [line for line in capsys.readouterr().out.splitlines() if ", segment " in line]
+    assert len(shown) == segments[-1] + 1 and all(line.endswith("labels that count") for line in shown)
 
 
 CONFIG = """

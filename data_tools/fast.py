@@ -23,7 +23,8 @@ import numpy as np
 
 from data_tools.tokenizer import CL100K_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, Tokenizer
 
-MAX_CALL_BYTES = 2000  # texts shorter than this on average go to gigatoken together: a call costs 20 us, its batch result 0.3 s of imports
+MAX_CALLS = 256  # so many texts, or texts of so many characters,
+MIN_CALL_CHARACTERS = 2000  # go to gigatoken one by one: a call costs 20 us, and the result of many together 0.3 s of imports, once
 FIRST_SAMPLE_CHARACTERS = 16000  # of the first block
 SAMPLE_CHARACTERS = 1500  # of every further block of a megabyte: a tenth of the time
 MAX_NEW_CHARACTERS = 20000  # whose surroundings are compared, per process
@@ -66,7 +67,7 @@ class FastTokenizer:
         return flat, lengths
 
     def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if sum(map(len, texts)) >= MAX_CALL_BYTES * len(texts):
+        if len(texts) <= MAX_CALLS or sum(map(len, texts)) >= MIN_CALL_CHARACTERS * len(texts):
             rows = [self._call(self._fast.encode, text) for text in texts]
             return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
         layout = self._call(self._fast.encode_batch, texts, parallel=False).layout
@@ -154,7 +155,7 @@ def _load(spec: str, reference: Tokenizer):
             return fast, [token["content"] for token in fast._hf_config()["added_tokens"]] + reference.odd_pieces()
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         fast = gigatoken.Tokenizer.from_json(file.read_bytes())
-        return fast, [token["content"] for token in fast._hf_config().get("added_tokens") or []]
+        return fast, reference.added_tokens()
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception

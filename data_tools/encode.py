@@ -57,9 +57,9 @@ class Encoded:
 class Encoder:
     """Parses and tokenises blocks; one per process. Raises NoFastPath when the fast path gives other ids: start again without it."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, tokenizer: Tokenizer | None = None) -> None:
         self.options = options
-        self.tokenizer = load_tokenizer(options.tokenizer)
+        self.tokenizer = tokenizer or load_tokenizer(options.tokenizer)
         self.dtype = optimal_dtype(self.tokenizer.vocab_size)
         check_eod(options, self.tokenizer)
         self.no_fast_path: str | None = None

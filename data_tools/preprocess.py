@@ -73,11 +73,11 @@ def preprocess(args: argparse.Namespace) -> None:
     hashing = hash_in_background(paths)
     try:
         try:
-            fill(work, paths, options, args)
+            fill(work, paths, options, tokenizer, args)
         except NoFastPath as reason:
             print(f"fast path left: {reason}; starting again with the tokenizer's own library", file=sys.stderr)
             work.clear()
-            fill(work, paths, Options(**{**vars(options), "is_fast": False}), args)
+            fill(work, paths, Options(**{**vars(options), "is_fast": False}), tokenizer, args)
         counts = dict(work.state)
         outputs = work.finish()
     except KeyboardInterrupt:
@@ -96,7 +96,7 @@ def preprocess(args: argparse.Namespace) -> None:
     print("\n".join(outputs))
 
 
-def fill(work, paths: list[str], options, args: argparse.Namespace) -> None:
+def fill(work, paths: list[str], options, tokenizer, args: argparse.Namespace) -> None:
     """Tokenises what is still missing."""
     from data_tools.encode import Encoder
     from data_tools.progress import Progress
@@ -110,7 +110,7 @@ def fill(work, paths: list[str], options, args: argparse.Namespace) -> None:
     total_bytes = sum(os.stat(path).st_size for path in paths)
     was_told, num_listed = False, 0
     with Progress("preprocess", total_bytes - work.state["bytes"], quiet=args.quiet) as progress:
-        for encoded in map_in_order(Encoder, (options,), blocks, args.workers):
+        for encoded in map_in_order(Encoder, (options, tokenizer if args.workers == 1 else None), blocks, args.workers):
             if encoded.no_fast_path and not was_told:
                 print(f"no fast path: {encoded.no_fast_path}", file=sys.stderr)
                 was_told = True

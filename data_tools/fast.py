@@ -124,7 +124,7 @@ def _guarded(function, *arguments, **options):
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of a Rust library is no Exception
-        raise NoFastPath(f"gigatoken refused: {error}") from None
+        raise NoFastPath(f"gigatoken refused: {str(error).partition(chr(10))[0]}") from None
 
 
 class _Names:

@@ -25,8 +25,9 @@ from data_tools.tokenizer import CL100K_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, O
 
 MAX_CALLS = 256  # so many texts, or texts of so many characters,
 MIN_CALL_CHARACTERS = 2000  # go to gigatoken one by one: a call costs 20 us, and the result of many together 0.3 s of imports, once
-FIRST_SAMPLE_CHARACTERS = 16000  # of the first block
-SAMPLE_CHARACTERS = 1500  # of every further block of a megabyte: a tenth of the time
+FIRST_SAMPLE_CHARACTERS = 16000  # are compared at the start,
+SAMPLE_SHARE = 0.0015  # and this share from then on, a tenth of the time,
+SAMPLE_CHARACTERS = 1500  # in texts or parts of texts of so many
 MAX_NEW_CHARACTERS = 20000  # whose surroundings are compared, per process
 
 # White space, contractions, digits, joined scripts, marks, controls and long runs: where tokenizers have been seen to differ.
@@ -51,7 +52,7 @@ class FastTokenizer:
         self._names = _Names(names)
         self._seen = np.zeros(0x110000, dtype=bool)  # characters whose surroundings were compared
         self._num_new = 0
-        self._is_first = True
+        self._to_compare = float(FIRST_SAMPLE_CHARACTERS)
         awkward = [text for text in AWKWARD if not self._names.inside([text])]
         self._compare(awkward, self._one_by_one(awkward))
 
@@ -81,14 +82,13 @@ class FastTokenizer:
 
         Of a long text a part is tokenised again by both.
         """
-        budget = FIRST_SAMPLE_CHARACTERS if self._is_first else SAMPLE_CHARACTERS
-        self._is_first = False
+        self._to_compare += SAMPLE_SHARE * sum(map(len, texts))
         draw = random.Random(f"{len(texts)} {texts[0][:100]}")
         whole, parts = [], self._around_new_characters(texts)
-        while budget > 0:
+        while self._to_compare > 0:
             i = draw.randrange(len(texts))
             text = texts[i]
-            budget -= min(SAMPLE_CHARACTERS, max(100, len(text)))
+            self._to_compare -= min(SAMPLE_CHARACTERS, max(100, len(text)))
             if len(text) > SAMPLE_CHARACTERS:
                 begin = draw.randrange(len(text) - SAMPLE_CHARACTERS)
                 parts.append(text[begin : begin + SAMPLE_CHARACTERS])

@@ -6,8 +6,12 @@ document, where tokens begin if that is kept, and what could not be read. Nothin
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from itertools import chain
+from multiprocessing import parent_process
+from signal import SIG_IGN, SIGINT, signal
+from threading import Thread
 
 import numpy as np
 
@@ -57,9 +61,11 @@ class Encoded:
 class Encoder:
     """Parses and tokenises blocks; one per process. Raises NoFastPath when the fast path gives other ids: start again without it."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, tokenizer: Tokenizer | None = None) -> None:
+        if parent_process() is not None:
+            end_with_parent()
         self.options = options
-        self.tokenizer = load_tokenizer(options.tokenizer)
+        self.tokenizer = tokenizer or load_tokenizer(options.tokenizer)
         self.dtype = optimal_dtype(self.tokenizer.vocab_size)
         check_eod(options, self.tokenizer)
         self.no_fast_path: str | None = None
@@ -111,6 +117,13 @@ class Encoder:
             else:
                 starts.append(np.asarray(self.tokenizer.encode_starts(text)[1], dtype=np.int64))
         return starts
+
+
+def end_with_parent() -> None:
+    """Makes a worker process end when the one that writes is killed, and leave Ctrl-C, which reaches both, to it."""
+    signal(SIGINT, SIG_IGN)
+    parent = parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def check_eod(options: Options, tokenizer: Tokenizer) -> None:

@@ -23,9 +23,11 @@ import numpy as np
 
 from data_tools.tokenizer import CL100K_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN, O200K_PATTERN, Tokenizer
 
-MAX_CALL_BYTES = 2000  # texts shorter than this on average go to gigatoken together: a call costs 20 us, its batch result 0.3 s of imports
-FIRST_SAMPLE_CHARACTERS = 16000  # of the first block
-SAMPLE_CHARACTERS = 1500  # of every further block of a megabyte: a tenth of the time
+MAX_CALLS = 256  # so many texts, or texts of so many characters,
+MIN_CALL_CHARACTERS = 2000  # go to gigatoken one by one: a call costs 20 us, and the result of many together 0.3 s of imports, once
+FIRST_SAMPLE_CHARACTERS = 16000  # are compared at the start,
+SAMPLE_SHARE = 0.0015  # and this share from then on, a tenth of the time,
+SAMPLE_CHARACTERS = 1500  # in texts or parts of texts of so many
 MAX_NEW_CHARACTERS = 20000  # whose surroundings are compared, per process
 
 # White space, contractions, digits, joined scripts, marks, controls and long runs: where tokenizers have been seen to differ.
@@ -50,51 +52,51 @@ class FastTokenizer:
         self._names = _Names(names)
         self._seen = np.zeros(0x110000, dtype=bool)  # characters whose surroundings were compared
         self._num_new = 0
-        self._is_first = True
-        self._compare([text for text in AWKWARD if not self._names.inside([text])])
+        self._to_compare = float(FIRST_SAMPLE_CHARACTERS)
+        awkward = [text for text in AWKWARD if not self._names.inside([text])]
+        self._compare(awkward, self._one_by_one(awkward))
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids laid end to end, int64 [texts] how many each has)."""
-        flat, lengths = self._encode_fast(texts)
-        self._sample(texts)
-        named = self._names.inside(texts)
-        if named:
+        if len(texts) <= MAX_CALLS or sum(map(len, texts)) >= MIN_CALL_CHARACTERS * len(texts):
+            rows = self._one_by_one(texts)
+            flat, lengths = np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+        else:
+            layout = _guarded(self._fast.encode_batch, texts, parallel=False).layout
+            offsets = layout.offsets.data
+            flat, lengths = layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
             rows = np.split(flat, np.cumsum(lengths)[:-1])
+        named = self._names.inside(texts)
+        self._check(texts, rows, set(named))
+        if named:
             for i, row in zip(named, self.reference.encode_rows([texts[i] for i in named])):
                 rows[i], lengths[i] = np.asarray(row, dtype=np.uint32), len(row)
             flat = np.concatenate(rows)
         return flat, lengths
 
-    def _encode_fast(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        if sum(map(len, texts)) >= MAX_CALL_BYTES * len(texts):
-            rows = [self._call(self._fast.encode, text) for text in texts]
-            return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
-        layout = self._call(self._fast.encode_batch, texts, parallel=False).layout
-        offsets = layout.offsets.data
-        return layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
+    def _one_by_one(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [_guarded(self._fast.encode, text) for text in texts]
 
-    def _call(self, function, *arguments, **options):
-        try:
-            return function(*arguments, **options)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic of a Rust library is no Exception
-            raise NoFastPath(f"gigatoken failed: {error}") from None
+    def _check(self, texts: Sequence[str], rows: Sequence[np.ndarray], named: set[int]) -> None:
+        """Compares the ids of a few texts, drawn by the contents of the block, and those of the surroundings of new characters.
 
-    def _sample(self, texts: Sequence[str]) -> None:
-        """Compares a few texts of a block, drawn by its contents, and the surroundings of new characters."""
-        budget = FIRST_SAMPLE_CHARACTERS if self._is_first else SAMPLE_CHARACTERS
-        self._is_first = False
+        Of a long text a part is tokenised again by both.
+        """
+        self._to_compare += SAMPLE_SHARE * sum(map(len, texts))
         draw = random.Random(f"{len(texts)} {texts[0][:100]}")
-        chosen = []
-        while budget > 0:
-            text = texts[draw.randrange(len(texts))]
-            begin = draw.randrange(max(1, len(text) - SAMPLE_CHARACTERS))
-            chosen.append(text[begin : begin + SAMPLE_CHARACTERS])
-            budget -= max(100, len(chosen[-1]))
-        chosen += self._around_new_characters(texts)
-        named = set(self._names.inside(chosen))
-        self._compare([text for i, text in enumerate(chosen) if i not in named])
+        whole, parts = [], self._around_new_characters(texts)
+        while self._to_compare > 0:
+            i = draw.randrange(len(texts))
+            text = texts[i]
+            self._to_compare -= min(SAMPLE_CHARACTERS, max(100, len(text)))
+            if len(text) > SAMPLE_CHARACTERS:
+                begin = draw.randrange(len(text) - SAMPLE_CHARACTERS)
+                parts.append(text[begin : begin + SAMPLE_CHARACTERS])
+            elif i not in named:
+                whole.append(i)
+        named_parts = set(self._names.inside(parts))
+        parts = [part for i, part in enumerate(parts) if i not in named_parts]
+        self._compare([texts[i] for i in whole] + parts, [rows[i] for i in whole] + self._one_by_one(parts))
 
     def _around_new_characters(self, texts: Sequence[str]) -> list[str]:
         joined = "\n".join(text for text in texts if not text.isascii())
@@ -107,14 +109,22 @@ class FastTokenizer:
         self._num_new += len(new)
         return [joined[max(0, i - 16) : i + 16] for i in new.tolist()]
 
-    def _compare(self, texts: list[str]) -> None:
+    def _compare(self, texts: list[str], rows: list[np.ndarray]) -> None:
         if not texts:
             return
-        flat, lengths = self._encode_fast(texts)
-        ends = np.cumsum(lengths).tolist()
-        for text, expected, begin, end in zip(texts, self.reference.encode_rows(texts), [0, *ends], ends):
-            if not np.array_equal(flat[begin:end], np.asarray(expected, dtype=np.int64)):
+        for text, row, expected in zip(texts, rows, self.reference.encode_rows(texts), strict=True):
+            if not np.array_equal(row, np.asarray(expected, dtype=np.int64)):
                 raise NoFastPath(f"gigatoken and the tokenizer's own library differ on {_shown(text)}")
+
+
+def _guarded(function, *arguments, **options):
+    """A call of gigatoken. Raises NoFastPath for whatever goes wrong in it."""
+    try:
+        return function(*arguments, **options)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        raise NoFastPath(f"gigatoken refused: {str(error).partition(chr(10))[0]}") from None
 
 
 class _Names:
@@ -144,21 +154,19 @@ def _load(spec: str, reference: Tokenizer):
         import gigatoken
     except ImportError:
         raise NoFastPath("gigatoken is not installed: pip install -c constraints.txt gigatoken") from None
-    try:
-        if kind == "tiktoken":
-            return gigatoken.Tokenizer.from_tiktoken(path, TIKTOKEN_SCHEMES[reference.pattern], {}), []
-        if kind == "sentencepiece":
-            if reference.has_unused_pieces:
-                raise ValueError("the model has unused pieces")
-            fast = gigatoken.Tokenizer.from_sentencepiece(path)
-            return fast, [token["content"] for token in fast._hf_config()["added_tokens"]] + reference.odd_pieces()
+    return _guarded(_open, gigatoken, kind, path, reference)
+
+
+def _open(gigatoken, kind: str, path: str, reference: Tokenizer):
+    if kind == "tiktoken":
+        return gigatoken.Tokenizer.from_tiktoken(path, TIKTOKEN_SCHEMES[reference.pattern], {}), []
+    if kind == "hf":
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        fast = gigatoken.Tokenizer.from_json(file.read_bytes())
-        return fast, [token["content"] for token in fast._hf_config().get("added_tokens") or []]
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        raise NoFastPath(f"gigatoken does not support it: {error}") from None
+        return gigatoken.Tokenizer.from_json(file.read_bytes()), reference.added_tokens()
+    if reference.has_unused_pieces:
+        raise ValueError("the model has unused pieces")
+    fast = gigatoken.Tokenizer.from_sentencepiece(path)
+    return fast, [token["content"] for token in fast._hf_config()["added_tokens"]] + reference.odd_pieces()
 
 
 def _shown(text: str, limit: int = 60) -> str:

@@ -125,8 +125,7 @@ def _unzstd(path: str, file, block_bytes: int) -> Iterator[bytes]:
         while data := file.read(block_bytes // 8 or 1):  # what it unpacks to is several times as much
             while data:
                 block, has_begun = frame.decompress(data), True
-                if block:
-                    yield block
+                yield from (block[i : i + block_bytes] for i in range(0, len(block), block_bytes))
                 data = b""
                 if frame.eof:
                     data, frame, has_begun = frame.unused_data, zstandard.ZstdDecompressor().decompressobj(), False

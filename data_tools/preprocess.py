@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from data_tools.cli import UsageError, positive, run_tool
 
@@ -70,33 +70,35 @@ def preprocess(args: argparse.Namespace) -> None:
         print(f"{work.folder} was made from other input, options or tokenizer; starting anew", file=sys.stderr)
     elif work.has_pieces:
         print(f"going on after {work.state['documents']} documents, {work.state['bytes'] / 1e6:.1f} MB", file=sys.stderr)
-    hashing = hash_in_background(paths)
+    hashing = hash_in_background(paths, min(args.workers, 8))
     try:
         try:
-            fill(work, paths, options, args)
+            fill(work, paths, options, tokenizer, args)
         except NoFastPath as reason:
             print(f"fast path left: {reason}; starting again with the tokenizer's own library", file=sys.stderr)
             work.clear()
-            fill(work, paths, Options(**{**vars(options), "is_fast": False}), args)
+            fill(work, paths, Options(**{**vars(options), "is_fast": False}), tokenizer, args)
         counts = dict(work.state)
         outputs = work.finish()
     except KeyboardInterrupt:
+        hashing.shutdown(cancel_futures=True)
         work.close()
         print("the same command goes on after the last finished piece", file=sys.stderr)
         raise
     except BaseException:
+        hashing.shutdown(cancel_futures=True)
         work.close()
         if not work.has_pieces:
             work.remove()
         raise
-    hashing.join()
+    hashing.shutdown()
     write_manifests(args, keys, paths, outputs, counts)
     seconds = time.perf_counter() - started
     print(f"{summary(counts)}; {work.dtype.name}, {seconds:.1f} s, {counts['bytes'] / 1e6 / seconds:.1f} MB/s of input")
     print("\n".join(outputs))
 
 
-def fill(work, paths: list[str], options, args: argparse.Namespace) -> None:
+def fill(work, paths: list[str], options, tokenizer, args: argparse.Namespace) -> None:
     """Tokenises what is still missing."""
     from data_tools.encode import Encoder
     from data_tools.progress import Progress
@@ -110,7 +112,7 @@ def fill(work, paths: list[str], options, args: argparse.Namespace) -> None:
     total_bytes = sum(os.stat(path).st_size for path in paths)
     was_told, num_listed = False, 0
     with Progress("preprocess", total_bytes - work.state["bytes"], quiet=args.quiet) as progress:
-        for encoded in map_in_order(Encoder, (options,), blocks, args.workers):
+        for encoded in map_in_order(Encoder, (options, tokenizer if args.workers == 1 else None), blocks, args.workers):
             if encoded.no_fast_path and not was_told:
                 print(f"no fast path: {encoded.no_fast_path}", file=sys.stderr)
                 was_told = True
@@ -151,17 +153,14 @@ def write_manifests(args: argparse.Namespace, keys: Sequence[str], paths: list[s
         write_manifest(prefix, "preprocess", vars(args), inputs, own, numbers)
 
 
-def hash_in_background(paths: list[str]) -> threading.Thread:
+def hash_in_background(paths: list[str], num_threads: int) -> ThreadPoolExecutor:
     """Hashes inputs for the manifest while they are read anyway: the hash is remembered, and the disk is read once."""
     from data_tools.manifest import sha256
 
-    def hash_all() -> None:
-        for path in paths:
-            sha256(path)
-
-    thread = threading.Thread(target=hash_all, daemon=True)
-    thread.start()
-    return thread
+    pool = ThreadPoolExecutor(num_threads)
+    for path in paths:
+        pool.submit(sha256, path)
+    return pool
 
 
 def _stamp(path: str) -> list:

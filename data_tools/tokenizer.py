@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -121,9 +122,9 @@ class HFTokenizer:
         self._tokenizer.no_truncation()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod_id = self._find_eod(file.parent)
-        self.byte_lengths = self._find_byte_lengths()
 
-    def _find_byte_lengths(self) -> np.ndarray | None:
+    @cached_property
+    def byte_lengths(self) -> np.ndarray | None:
         """Byte-level BPE writes each byte as one character of a token. Added tokens stand for themselves."""
         settings = json.loads(self._tokenizer.to_str())
         stages = [settings[stage] or {} for stage in ("pre_tokenizer", "decoder")]
@@ -161,6 +162,10 @@ class HFTokenizer:
     def encode_starts(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, [begin for begin, _ in encoding.offsets]
+
+    def added_tokens(self) -> list[str]:
+        """Names, such as that of the end token, which are cut out of a text before anything else."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -41,6 +41,7 @@ class Work:
         self.report = Path(f"{output_prefix}_report.jsonl")
         self.folder = Path(f"{output_prefix}.unfinished")
         self.dtype, self.keep_offsets, self.identity = dtype, keep_offsets, identity
+        self._files: dict = {}
         per_key = ("bin", "lengths", "steps", "sizes") if keep_offsets else ("bin", "lengths")
         self._names = [f"{k}.{part}" for k in range(len(keys)) for part in per_key] + ["lines", "files", "problems"]
         try:
@@ -86,8 +87,6 @@ class Work:
             if os.fstat(self._files[name].fileno()).st_size < size:
                 raise DataError(f"{self.folder / name} is shorter than state.json says; remove {self.folder} and start again")
             self._files[name].truncate(size)
-
-    _files: dict = {}
 
     @property
     def has_pieces(self) -> bool:

@@ -170,11 +170,10 @@ def _url(raw: bytes, key: str) -> str:
 
 def _identifier(languages: Sequence[str]):
     """text -> (language, probability)."""
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError:
-        raise UsageError("--language needs py3langid: pip install py3langid") from None
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    from data_tools.files import need
+
+    langid = need("py3langid.langid", "--language names languages")
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     unknown = [code for code in languages if code not in identifier.labels]
     if unknown:
         raise UsageError(f"--language {unknown[0]}: py3langid knows {' '.join(sorted(identifier.labels))}")

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.cli import UsageError
-from data_tools.words import ngrams, split_words
+from data_tools.words import mixed, ngrams, split_words
 
 RECALL = 0.9  # of pairs right at the threshold, when bands are chosen here
 NEIGHBOURS = 3  # in a bucket each document is paired with so many before it, and with the bucket's first
-PAIRS_AT_ONCE = 1 << 16
+ROWS_AT_ONCE = 1 << 16
 EMPTY = 0xFFFFFFFF  # no signature looks like a row of these; it marks a document without words
 
 
@@ -97,21 +97,20 @@ def _starts(keys: np.ndarray) -> np.ndarray:
 
 
 def _keys(rows: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """One 64-bit hash of the entries [begin, end) of every signature."""
-    from data_tools.words import BASE, _mixed
-
-    keys = np.zeros(rows.shape[0], np.uint64)
-    for column in range(begin, end):
-        keys = _mixed(keys * np.uint64(BASE) + rows[:, column].astype(np.uint64))
-    return keys
+    """One 64-bit hash of the entries [begin, end) of every signature: their sum with odd weights, modulo 2^64."""
+    weights = mixed(np.arange(begin + 1, end + 1, dtype=np.uint64)) | np.uint64(1)
+    keys = np.empty(rows.shape[0], np.uint64)
+    for first in range(0, keys.size, ROWS_AT_ONCE):  # in pieces, because the product needs the entries as 64-bit numbers
+        keys[first : first + ROWS_AT_ONCE] = rows[first : first + ROWS_AT_ONCE, begin:end].astype(np.uint64) @ weights
+    return mixed(keys)
 
 
 def similar_pairs(rows: np.ndarray, bands: Bands, threshold: float, verify: bool) -> np.ndarray:
     """Distinct candidate pairs int64 [n, 2]; with verify only those whose signatures agree in at least threshold of the entries."""
     kept = [np.zeros((0, 2), np.int64)]
     for pairs in candidate_pairs(rows, bands):
-        for begin in range(0, pairs.shape[0], PAIRS_AT_ONCE):
-            some = pairs[begin : begin + PAIRS_AT_ONCE]
+        for begin in range(0, pairs.shape[0], ROWS_AT_ONCE):
+            some = pairs[begin : begin + ROWS_AT_ONCE]
             kept.append(some[estimates(rows, some) >= threshold] if verify else some)
     return np.unique(np.concatenate(kept), axis=0)
 

@@ -71,7 +71,7 @@ def ngrams(words: Words, n: int, short: bool) -> tuple[np.ndarray, np.ndarray, n
         for word in words.hashes[words.offsets[i] : words.offsets[i + 1]].tolist():
             value = (value * BASE + word) & MASK
         hashes[offsets[i]] = value + int(counts[i]) & MASK
-    return _mixed(hashes), first, offsets
+    return mixed(hashes), first, offsets
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -129,10 +129,10 @@ def _byte_hashes(low: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndar
     hashes = eights[starts] & KEPT[np.minimum(lengths, 8)]
     longer, at = np.flatnonzero(lengths > 8), 8
     while longer.size:
-        hashes[longer] = _mixed(hashes[longer]) + (eights[starts[longer] + at] & KEPT[np.minimum(lengths[longer] - at, 8)])
+        hashes[longer] = mixed(hashes[longer]) + (eights[starts[longer] + at] & KEPT[np.minimum(lengths[longer] - at, 8)])
         at += 8
         longer = longer[lengths[longer] > at]
-    return _mixed(hashes)
+    return mixed(hashes)
 
 
 def _point_hashes(points: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def _point_hashes(points: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -
     values = np.where(taken < TABLE_SIZE, lower[np.minimum(taken, TABLE_SIZE)], taken)
     powers = np.full(int(lengths.max()), BASE, np.uint64)
     powers[0] = 1
-    return _mixed(np.add.reduceat(values * np.cumprod(powers)[places], begins[:-1]))
+    return mixed(np.add.reduceat(values * np.cumprod(powers)[places], begins[:-1]))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -155,7 +155,7 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def mixed(values: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection after which every bit depends on all."""
     values = values ^ (values >> np.uint64(30))
     values *= np.uint64(0xBF58476D1CE4E5B9)

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,3 +204,14 @@ def test_peek_shows_a_sample_of_a_runs_mixture(tmp_path, capsys):
     assert peek.main([str(config), "--sample", "50"]) == 2
     assert peek.main([str(config), "--sample", "0", "--set", "train.seq_lem=4"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["split", "stats", "filter", "dedup", "decontaminate", "provenance"])
+def test_tools_run_as_scripts_and_help_is_light(tool, tmp_path):
+    root = Path(split.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-X", "importtime", str(root / "data_tools" / f"{tool}.py"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert shown.returncode == 0 and "usage: " in shown.stdout
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in shown.stderr.splitlines()}
+    assert not loaded & {"torch", "numpy", "tokenizers", "rich", "orjson", "pyarrow", "rensa", "scipy", "matplotlib"}

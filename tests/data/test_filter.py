@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import given, settings, strategies
 
 from data_tools import filter as filter_tool, quality
 from data_tools.blocklist import Addresses, Phrases
-from data_tools.cli import UsageError
 from data_tools.manifest import read_manifest
 from data_tools.quality import RULES, Document, c4_lines
+from engine.data.indexed import DataError
 
 GOOD = (
     "The harbour was quiet that morning, and the boats lay in rows along the wall. An old man came down the steps with a basket, looked at the sky, "
@@ -248,8 +249,8 @@ def test_mistakes_of_users(tmp_path, capsys, monkeypatch, options, code, words):
 
 
 def test_without_the_language_library_the_cure_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
-    with pytest.raises(UsageError, match="pip install py3langid"):
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(DataError, match="needs py3langid: pip install"):
         filter_tool._identifier(["en"])
 
 

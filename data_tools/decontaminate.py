@@ -90,7 +90,7 @@ class Searcher:
         return [with_text(record.raw, self.args.json_key, piece) for piece in pieces] if len(pieces) <= self.args.max_pieces else []
 
 
-class Counter:
+class GramCounter:
     """Counts a block's documents per n-gram; one per process."""
 
     def __init__(self, args: argparse.Namespace, index) -> None:
@@ -212,7 +212,7 @@ def _without_common(args: argparse.Namespace, paths: list[str], index):
     num_documents = np.zeros(index.hashes.size, np.int64)
     with Progress("decontaminate: counting", total_size(paths), args.quiet) as progress:
         blocks = read_blocks(paths, args.format, [args.json_key])
-        for grams, num_bytes, num_read in map_in_order(Counter, (args, index), blocks, args.workers):
+        for grams, num_bytes, num_read in map_in_order(GramCounter, (args, index), blocks, args.workers):
             np.add.at(num_documents, grams, 1)
             progress.add(num_bytes, num_read)
     is_common = num_documents > args.max_documents

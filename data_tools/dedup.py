@@ -20,8 +20,10 @@ import sys
 import tempfile
 import unicodedata
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 
 from data_tools.cli import UsageError, positive, run_tool
 from data_tools.options import add_text_options, fraction
@@ -78,6 +80,8 @@ class Places:
     def __init__(self, paths: list[str]) -> None:
         self.lines = array("q")
         self.num_documents = dict.fromkeys(paths, 0)
+        self._paths: list[str] = []
+        self._ends: list[int] = []
 
     def add(self, path: str, numbers: list[int]) -> None:
         self.lines.extend(numbers)
@@ -105,13 +109,11 @@ class Places:
                 raise DataError(f"{path}: changed while it was read: line {self.lines[begin]} is gone; nothing was written, start again")
 
     def place(self, document: int) -> tuple[str, int]:
-        """(path, line number)."""
-        first = 0
-        for path, count in self.num_documents.items():
-            if document < first + count:
-                return path, self.lines[document]
-            first += count
-        raise IndexError(document)
+        """(path, line number). Called only when all documents are added."""
+        if not self._ends:
+            self._paths = [path for path, count in self.num_documents.items() if count]
+            self._ends = list(accumulate(self.num_documents[path] for path in self._paths))
+        return self._paths[bisect_right(self._ends, document)], self.lines[document]
 
 
 def dedup(args: argparse.Namespace) -> None:

@@ -84,11 +84,13 @@ def report_problems(problems: list[Problem], on_error: str, num_before: int) -> 
 
 
 def check_output(path: str, others: Sequence[str], option: str = "--output") -> None:
-    """Raises UsageError for a name that says no format, or that is one of the other files."""
+    """Raises UsageError for a name that says no format, or that is one of the other files; DataError where .zst cannot be written."""
     if not path.lower().endswith(OUTPUT_SUFFIXES):
         raise UsageError(f"{option} {path}: the name must end in one of {', '.join(OUTPUT_SUFFIXES)}")
     if os.path.realpath(path) in map(os.path.realpath, others):
         raise UsageError(f"{option} {path} is already the name of an input or output; choose another")
+    if path.lower().endswith(".zst"):
+        need("zstandard", f"{path} is to be compressed with zstd")
 
 
 class RecordWriter:
@@ -129,5 +131,6 @@ def _compressed(file, name: str):
         return gzip.GzipFile("", "wb", 6, file, mtime=0)  # no name and no time inside: equal documents give equal bytes
     if not name.endswith(".zst"):
         return file
-    zstandard = need("zstandard", f"{name} is to be compressed with zstd")
+    import zstandard
+
     return zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False)

@@ -192,6 +192,25 @@ def test_malformed_documents_are_reported_and_do_not_shift_the_others(tmp_path, 
     assert "6 documents in: 2 written, 2 duplicates in 2 clusters (largest 2), 2 malformed" in out and "a.jsonl:5: no key 'text'" in err
 
 
+def test_folders_zst_and_parquet_in_one_run(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n")  # a file without documents
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(b'{"n": 0, "text": "one two"}\n{"n": 1, "text": "three"}\n'))
+    pyarrow.parquet.write_table(pyarrow.table({"n": [2, 3], "text": ["three", "four"], "extra": [None, 1.5]}), folder / "c.parquet")
+    assert run(folder, output=tmp_path / "o.jsonl", options=["--duplicates", str(tmp_path / "d.jsonl")]) == 0
+    assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_bytes().splitlines()] == [
+        {"n": 0, "text": "one two"}, {"n": 1, "text": "three"}, {"n": 3, "text": "four", "extra": 1.5},
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "d.jsonl").read_bytes()) == {
+        "file": f"{folder}/c.parquet", "line": 1, "kept_file": f"{folder}/b.jsonl.zst", "kept_line": 2, "similarity": 1.0,
+    }  # fmt: skip
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", ["x", "x"])
     assert run(source, output=tmp_path / "o.jsonl", options=["--dry-run"]) == 0

@@ -254,6 +254,13 @@ def test_without_the_language_library_the_cure_is_named(monkeypatch):
         filter_tool._identifier(["en"])
 
 
+def test_without_zstandard_nothing_is_begun(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    source = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    assert run(source, output=tmp_path / "o.jsonl.zst") == 1
+    assert "needs zstandard: pip install" in capsys.readouterr().err and os.listdir(tmp_path) == ["a.jsonl"]
+
+
 def test_repeats_of_shorter_ngrams_are_reused(monkeypatch):
     """A text that repeats no 2-gram is hashed for no longer one."""
     calls = []

@@ -59,10 +59,13 @@ class Encoded:
 
 
 class Encoder:
-    """Parses and tokenises blocks; one per process. Raises NoFastPath when the fast path gives other ids: start again without it."""
+    """Parses and tokenises blocks; one per process. Raises NoFastPath when the fast path gives other ids: start again without it.
+
+    tokenizer: what the process that writes has loaded already; None in a worker.
+    """
 
     def __init__(self, options: Options, tokenizer: Tokenizer | None = None) -> None:
-        if parent_process() is not None:
+        if tokenizer is None and parent_process() is not None:
             end_with_parent()
         self.options = options
         self.tokenizer = tokenizer or load_tokenizer(options.tokenizer)

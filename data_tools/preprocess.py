@@ -13,6 +13,7 @@ Left out: sentence splitting, filtering and deduplication.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -63,7 +64,7 @@ def preprocess(args: argparse.Namespace) -> None:
     options = Options(args.tokenizer, keys, args.append_eod, args.keep_offsets, args.fast == "auto")
     tokenizer = load_tokenizer(args.tokenizer)
     check_eod(options, tokenizer)
-    identity = {"inputs": [_stamp(path) for path in paths], "format": args.format, "tokenizer": _tokenizer_hash(args.tokenizer)}
+    identity = {"inputs": _inputs_hash(paths), "format": args.format, "tokenizer": _tokenizer_hash(args.tokenizer)}
     identity |= {"keys": keys, "append_eod": args.append_eod, "keep_offsets": args.keep_offsets, "version": 1}
     work = Work(args.output_prefix, keys, optimal_dtype(tokenizer.vocab_size), args.keep_offsets, identity)
     if work.started_anew:
@@ -80,6 +81,9 @@ def preprocess(args: argparse.Namespace) -> None:
             fill(work, paths, Options(**{**vars(options), "is_fast": False}), tokenizer, args)
         counts = dict(work.state)
         outputs = work.finish()
+        hashing.shutdown()
+        write_manifests(args, keys, paths, outputs, counts)
+        work.remove()
     except KeyboardInterrupt:
         hashing.shutdown(cancel_futures=True)
         work.close()
@@ -91,8 +95,6 @@ def preprocess(args: argparse.Namespace) -> None:
         if not work.has_pieces:
             work.remove()
         raise
-    hashing.shutdown()
-    write_manifests(args, keys, paths, outputs, counts)
     seconds = time.perf_counter() - started
     print(f"{summary(counts)}; {work.dtype.name}, {seconds:.1f} s, {counts['bytes'] / 1e6 / seconds:.1f} MB/s of input")
     print("\n".join(outputs))
@@ -163,9 +165,10 @@ def hash_in_background(paths: list[str], num_threads: int) -> ThreadPoolExecutor
     return pool
 
 
-def _stamp(path: str) -> list:
-    stat = os.stat(path)
-    return [path, stat.st_size, stat.st_mtime_ns]
+def _inputs_hash(paths: list[str]) -> str:
+    """Of names, sizes and times: one line, however many files there are."""
+    stamps = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
 
 def _tokenizer_hash(spec: str) -> list[str]:

@@ -13,10 +13,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_tools.files import expand, input_format, need, read_bytes
 from engine.data.indexed import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["Block", "Chunk", "Position", "Problem", "expand", "input_format", "parse", "parse_block", "read_blocks", "read_chunks"]
 
@@ -33,12 +36,12 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Documents of one file that follow one another, unparsed. kind: "jsonl" or "text" (data: bytes), "parquet" (data: column -> values)."""
+    """Documents of one file that follow one another, unparsed. kind: "jsonl" or "text" (data: bytes), or "parquet" (an Arrow batch)."""
 
     path: str
     kind: str
     first_line: int
-    data: bytes | dict[str, list]
+    data: bytes | pyarrow.RecordBatch
     next: Position
     num_bytes: int
     """Bytes of the file on disk that it accounts for: what a progress bar counts."""
@@ -104,7 +107,7 @@ def _lines(path: str, begin: Position) -> Iterator[Block]:
 def _rows(path: str, columns: Sequence[str] | None, begin: Position) -> Iterator[Block]:
     """Rows in batches of about CHUNK_BYTES; only the row group that is read is in memory."""
     parquet = need("pyarrow.parquet", f"{path} is a Parquet file")
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, RecordBatch
 
     try:
         file = parquet.ParquetFile(path)
@@ -117,15 +120,15 @@ def _rows(path: str, columns: Sequence[str] | None, begin: Position) -> Iterator
         num_rows, row, disk_bytes = file.metadata.num_rows, begin.offset, os.stat(path).st_size
         for group, drop in _groups_from(file.metadata, row):
             try:
-                for values in _batches(file, group, columns, drop):
-                    after = row + len(next(iter(values.values())))
+                for batch in _batches(file, group, columns, drop):
+                    after = row + batch.num_rows
                     position = Position(begin.file, after, after + 1) if after < num_rows else Position(begin.file + 1)
-                    yield Block(path, "parquet", row + 1, values, position, disk_bytes * after // num_rows - disk_bytes * row // num_rows)
+                    yield Block(path, "parquet", row + 1, batch, position, disk_bytes * after // num_rows - disk_bytes * row // num_rows)
                     row = after
-            except (ArrowException, OSError, UnicodeDecodeError) as error:
+            except (ArrowException, OSError) as error:
                 raise DataError(f"{path}: row group {group} is damaged ({error}); write the file again") from None
         if num_rows == 0:
-            yield Block(path, "parquet", 1, {}, Position(begin.file + 1), disk_bytes)
+            yield Block(path, "parquet", 1, RecordBatch.from_pylist([], file.schema_arrow), Position(begin.file + 1), disk_bytes)
 
 
 def _groups_from(metadata, row: int) -> Iterator[tuple[int, int]]:
@@ -137,13 +140,13 @@ def _groups_from(metadata, row: int) -> Iterator[tuple[int, int]]:
         before += metadata.row_group(group).num_rows
 
 
-def _batches(file, group: int, columns: Sequence[str] | None, drop: int) -> Iterator[dict[str, list]]:
+def _batches(file, group: int, columns: Sequence[str] | None, drop: int) -> Iterator[pyarrow.RecordBatch]:
     metadata = file.metadata.row_group(group)
     bytes_per_row = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
     for batch in file.iter_batches(max(1, CHUNK_BYTES // bytes_per_row), row_groups=[group], columns=list(columns) if columns else None):
         kept, drop = batch.slice(drop), max(0, drop - batch.num_rows)
         if kept.num_rows:
-            yield kept.to_pydict()
+            yield kept
 
 
 def parse_block(block: Block, json_keys: Sequence[str]) -> tuple[list[int], list[list[str]], list[Problem]]:
@@ -166,8 +169,8 @@ def parse_block(block: Block, json_keys: Sequence[str]) -> tuple[list[int], list
 def _records(block: Block, json_keys: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, object]]:
     """(line, JSON value, row or text) of every document that can be read at all; the others go to problems."""
     if block.kind == "parquet":
-        num_rows = len(next(iter(block.data.values()), ()))
-        yield from ((block.first_line + i, {key: block.data[key][i] for key in json_keys}) for i in range(num_rows))
+        rows = zip(*(block.data.column(key).to_pylist() for key in json_keys))
+        yield from ((line, dict(zip(json_keys, row))) for line, row in enumerate(rows, start=block.first_line))
         return
     from orjson import JSONDecodeError, loads
 
@@ -200,8 +203,7 @@ def read_chunks(paths: Sequence[str], override: str = "auto") -> Iterator[Chunk]
         elif block.kind == "jsonl":
             numbered = [(number, raw) for number, raw in enumerate(block.data.split(b"\n"), start=block.first_line) if raw.strip()]
         else:
-            rows = zip(*block.data.values())
-            numbered = [(number, dumps(dict(zip(block.data, row)), default=str)) for number, row in enumerate(rows, start=block.first_line)]
+            numbered = [(number, dumps(row, default=str)) for number, row in enumerate(block.data.to_pylist(), start=block.first_line)]
         if numbered:
             yield Chunk(block.path, block.kind != "text", [number for number, _ in numbered], [raw for _, raw in numbered])
 

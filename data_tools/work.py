@@ -1,7 +1,7 @@
 """The unfinished output of preprocess.py: a folder beside the output, from which an interrupted run goes on.
 
 In: Encoded blocks in input order. While the run goes, FOLDER holds the tokens, lengths and lines so far, and state.json, which says
-what they are made from (files with sizes and times, options, hash of the tokenizer) and how far they are valid: sizes of the files and
+what they are made from (names, sizes and times of files, options, tokenizer) and how far they are valid: sizes of the files and
 the position in the input. A piece is what lies between two states; the files are on disk before the state that counts them.
 Going on cuts the files to those sizes. Out: PREFIX_KEY_document.bin, .idx and .origins for each key, under those names only when all
 is complete; a run killed while it names them names the rest the next time.
@@ -106,11 +106,10 @@ class Work:
         self._files["lines"].write(encoded.lines.astype(np.uint32).tobytes())
         self._files["files"].write(json.dumps([encoded.path, int(encoded.lines.size)]).encode() + b"\n")
         empty = encoded.lines[np.all([column.lengths == 0 for column in encoded.columns], axis=0)]
-        for path, line, reason, is_kept in [(p.path, p.line, p.reason, False) for p in encoded.problems] + [
-            (encoded.path, int(line), "empty document", True) for line in empty
-        ]:
-            record = {"file": path, "line": line, "reason": reason, "kept": is_kept}
-            self._files["problems"].write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        entries = [(problem.path, problem.line, problem.reason, False) for problem in encoded.problems]
+        for entry in entries + [(encoded.path, int(line), "empty document", True) for line in empty]:
+            record = json.dumps(dict(zip(("file", "line", "reason", "kept"), entry)), ensure_ascii=False)
+            self._files["problems"].write(record.encode("utf-8", "surrogateescape") + b"\n")  # a name of a file may be no UTF-8
         added = (int(encoded.lines.size), int(empty.size), len(encoded.problems), encoded.num_bytes, sum(c.tokens.size for c in encoded.columns))
         for name, number in zip(COUNTS, added):
             self.state[name] += number
@@ -130,17 +129,17 @@ class Work:
 
     def _write_state(self) -> None:
         with open(self.folder / "state.json.tmp", "w", encoding="utf-8") as file:
-            json.dump(self.state, file, ensure_ascii=False)
+            file.write(json.dumps(self.state, ensure_ascii=False))
             file.flush()
             os.fsync(file.fileno())
         os.replace(self.folder / "state.json.tmp", self.folder / "state.json")
 
     def finish(self) -> list[str]:
-        """Gives the output its names, removes the folder, and returns the paths of the output."""
+        """Gives the output its names and returns them. The folder stays: until it is removed, all this can be done again."""
         if not self.state["is_complete"]:
             for file in self._files.values():
                 file.flush()
-            for k, prefix in enumerate(self.prefixes):
+            for k in range(len(self.prefixes)):
                 self._write_index(k)
                 self._write_origins(k)
             self.state["is_complete"] = True
@@ -163,7 +162,6 @@ class Work:
                 os.replace(self.folder / "problems", self.report)
         else:
             self.report.unlink(missing_ok=True)
-        self.remove()
         return list(names.values())
 
     def remove(self) -> None:

@@ -175,7 +175,8 @@ def test_mistakes_in_input_are_told(tmp_path, capsys, monkeypatch):
 
 def test_null_rows_are_reported(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "", "b"]}), tmp_path / "a.parquet")
-    assert run(tmp_path / "a.parquet", prefix=tmp_path / "out", options=["--on-error", "skip"]) == 0
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "empty.parquet")
+    assert run(tmp_path / "empty.parquet", tmp_path / "a.parquet", prefix=tmp_path / "out", options=["--on-error", "skip"]) == 0
     report = [json.loads(line) for line in (tmp_path / "out_report.jsonl").read_text().splitlines()]
     assert [(entry["line"], entry["reason"], entry["kept"]) for entry in report] == [
         (2, "'text' is a NoneType, expected a string", False), (3, "empty document", True),

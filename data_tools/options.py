@@ -19,7 +19,7 @@ def add_text_options(parser: argparse.ArgumentParser, needs_output: bool = True)
     parser.add_argument("--json-key", default="text", metavar="KEY", help="the key or column that holds the text (default: text)")
     parser.add_argument("--format", choices=("auto", "jsonl", "text", "parquet"), default="auto", help="input format (default: by the file's suffix)")
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do at a malformed document (default: stop)")
-    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that judge documents; the result is the same for any number (default: 1)")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes; the result is the same for any number (default: 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 

@@ -58,7 +58,8 @@ def peek(args: argparse.Namespace) -> None:
     elif args.sample is not None:
         _print_sample(corpus, args)
     else:
-        print(f"{len(corpus.document_indices) - 1} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens, {corpus.dtype.name}, greatest id {corpus.max_token()}")
+        counts = f"{len(corpus.document_indices) - 1} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens"
+        print(f"{counts}, {corpus.dtype.name}, greatest id {corpus.max_token()}")
 
 
 def _decoder(spec: str | None):
@@ -179,7 +180,8 @@ def _print_rows(dataset, number: int, show) -> None:
         mask = batch["loss_mask"][row] > 0
         segments = batch["segment_ids"][row] if "segment_ids" in batch else np.zeros(mask.size, int)
         positions = batch["position_ids"][row] if "position_ids" in batch else np.arange(mask.size)
-        print(f"row of {mask.size} tokens in {np.unique(segments).size} segments, {mask.sum()} labels count; it begins with: {show(batch['tokens'][row, :1].tolist())}")
+        beginning = show(batch["tokens"][row, :1].tolist())
+        print(f"row of {mask.size} tokens in {np.unique(segments).size} segments, {mask.sum()} labels count; it begins with: {beginning}")
         is_new = np.flatnonzero((np.diff(mask.astype(int)) != 0) | (np.diff(segments) != 0)) + 1
         for begin, end in zip([0, *is_new.tolist()], [*is_new.tolist(), mask.size]):
             what = "labels that count" if mask[begin] else "labels without loss"

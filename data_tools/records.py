@@ -53,8 +53,8 @@ def raw_lines(block: Block, json_key: str) -> Iterator[tuple[int, bytes]]:
     elif block.kind == "text":
         yield 1, orjson.dumps({json_key: block.data.decode("utf-8-sig", "replace")})
     else:
-        for number, row in enumerate(zip(*block.data.values()), start=block.first_line):
-            yield number, orjson.dumps(dict(zip(block.data, row)), default=_plain)
+        for number, row in enumerate(block.data.to_pylist(), start=block.first_line):
+            yield number, orjson.dumps(row, default=_plain)
 
 
 def with_text(raw: bytes, key: str, text: str) -> bytes:

@@ -86,7 +86,12 @@ def naive_cut(text, spans, window, min_characters):
 
 
 @settings(max_examples=100, deadline=None)
-@given(strategies.text("ab \n", max_size=40), strategies.lists(strategies.tuples(strategies.integers(0, 39), strategies.integers(1, 9)), max_size=4), strategies.integers(0, 5), strategies.integers(0, 4))
+@given(
+    strategies.text("ab \n", max_size=40),
+    strategies.lists(strategies.tuples(strategies.integers(0, 39), strategies.integers(1, 9)), max_size=4),
+    strategies.integers(0, 5),
+    strategies.integers(0, 4),
+)
 def test_cut_is_that_of_plain_python(text, spans, window, min_characters):
     import numpy as np
 

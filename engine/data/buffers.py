@@ -106,7 +106,7 @@ class Pool:
             owner = np.frombuffer(mmap.mmap(fd, num_bytes), dtype=np.uint8)
             weakref.finalize(owner, os.close, fd).atexit = False
             return owner, Where(os.getpid(), fd, num_bytes, next(_serials))
-        return np.empty(num_bytes, dtype=np.uint8), None
+        return torch.empty(num_bytes, dtype=torch.uint8).numpy(), None  # aligned, which numpy leaves to chance
 
 
 def shapes_of(batch: dict[str, torch.Tensor]) -> Shapes:

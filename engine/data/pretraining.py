@@ -214,14 +214,19 @@ class GPTSamples:
         return tuple(a.shape for a in arrays) == shapes
 
     def _build(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # One generator for both shuffles, in this order: Megatron's order of draws is part of the format.
-        random = np.random.RandomState(self.seed)
-        document_index = _document_order(self.documents, self.plan, random)
-        is_small = max(document_index.size, int(lengths.max())) <= INT32_MAX
-        build = _csrc.sample_index_int32 if is_small else _csrc.sample_index_int64
-        sample_index = build(lengths, document_index, self.seq_len)
-        shuffle_index = _shuffled_range(sample_index.shape[0] - 1, self.plan.num_samples_before_final, random)
-        return document_index, sample_index, shuffle_index
+        return build_indices(lengths, self.documents, self.plan, self.seq_len, self.seed)
+
+
+def build_indices(lengths: np.ndarray, documents: np.ndarray, plan: EpochPlan, seq_len: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(document index, sample index, shuffle index) of documents int32 [d], a subset of those whose lengths int32 [all] are given."""
+    # One generator for both shuffles, in this order: Megatron's order of draws is part of the format.
+    random = np.random.RandomState(seed)
+    document_index = _document_order(documents, plan, random)
+    is_small = max(document_index.size, int(lengths.max())) <= INT32_MAX
+    build = _csrc.sample_index_int32 if is_small else _csrc.sample_index_int64
+    sample_index = build(lengths, document_index, seq_len)
+    shuffle_index = _shuffled_range(sample_index.shape[0] - 1, plan.num_samples_before_final, random)
+    return document_index, sample_index, shuffle_index
 
 
 def check_sample_numbers(numbers: np.ndarray, num_samples: int, name: str) -> None:

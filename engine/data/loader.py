@@ -160,7 +160,6 @@ class Prefetcher:
             if found is None:
                 return
             num_read += 1
-            del found  # while this thread waits, its batch belongs to the caller alone
 
     def _may_read(self, num_read: int) -> bool:
         """Wait until another batch may be read; False when there will be none. With a line the ranks close after the same number of

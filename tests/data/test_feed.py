@@ -151,7 +151,8 @@ def test_it_reads_as_far_ahead_as_it_may(samples):
 
 def test_what_has_been_read_is_handed_on_in_the_reading_thread(samples):
     seen = []
-    with Prefetcher(Loader(NextToken(samples), 2, 0, 1), [(0, 4), (4, 4)], 2, lambda found: seen.append((threading.current_thread().name, found))) as batches:
+    note = lambda found: seen.append((threading.current_thread().name, found))  # noqa: E731
+    with Prefetcher(Loader(NextToken(samples), 2, 0, 1), [(0, 4), (4, 4)], 2, note) as batches:
         taken = list(batches)
     assert [name for name, _ in seen] == ["prefetch"] * 2 and all(found is one for (_, found), one in zip(seen, taken))
 
@@ -234,7 +235,8 @@ def test_one_rank_of_a_replica_reads_and_all_train_as_if_each_had(raw_run, name)
     num_ranks, layout, options = LAYOUTS[name]
     raw = merged(raw_run, layout, {"train": {"eval_every": 4}})
     every = ranks.run(num_ranks, trained, raw, num_ranks)
-    first = ranks.run(num_ranks, trained, merged(raw, {"run": {"dir": raw["run"]["dir"] + "-first"}, "data": {"read_on": "first_rank", **options}}), num_ranks)
+    elsewhere = {"run": {"dir": raw["run"]["dir"] + "-first"}, "data": {"read_on": "first_rank", **options}}
+    first = ranks.run(num_ranks, trained, merged(raw, elsewhere), num_ranks)
     assert len(every[0].lines) == 6 and first[0].lines == every[0].lines and first[0].valid == every[0].valid and len(every[0].valid) == 2
     assert [one.mapped for one in every] == [True] * num_ranks and [one.num_read for one in every] == [None] * num_ranks
     assert [one.left for one in first] == [one.left for one in every]  # no thread stays behind
@@ -286,11 +288,12 @@ def refused(raw, world_size):
     ({"model": {"vocab_size": 50}, "data": {"eod_id": EOD}}, "is outside the vocabulary of 50"),
     ({"model": {"vocab_size": 50}, "data": {"prefetch": 0, "buffer": "shared"}}, "is outside the vocabulary of 50"),
     ({"data": {"train": ["/nowhere/corpus"]}}, "/nowhere/corpus.idx"),
-], ids=["while reading ahead", "while reading", "while opening"])
+    ({"stage": "examples.own_stage.focal:Focal"}, "stage=examples.own_stage.focal:Focal looks at its data on every rank"),
+], ids=["while reading ahead", "while reading", "while opening", "of a stage that needs its data"])
 def test_an_error_of_the_reader_is_raised_on_every_rank(raw_run, change, found):
     raw = merged(raw_run, {"parallel": {"tp": 2}, "data": {"read_on": "first_rank"}, "train": {"eval_samples": 0}}, change)
     one, two = ranks.run(2, refused, raw, 2)
-    assert one == two and one[0] == "DataError" and found in one[1]
+    assert one == two and one[0] == ("ConfigError" if "stage" in change else "DataError") and found in one[1]
 
 
 def test_other_errors_keep_what_they_say():

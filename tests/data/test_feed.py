@@ -217,9 +217,8 @@ def trained(raw, world_size):
                                  left=threading.active_count() - before)
 
 
-MASKED, PLAIN = {}, {"data": {"reset_at_eod": False}}
+PLAIN = {"data": {"reset_at_eod": False}}
 LAYOUTS = {
-    "tp2": (2, {"parallel": {"tp": 2}}, {}),
     "tp2 sp shared": (2, {"parallel": {"tp": 2, "sequence_parallel": True}}, {"buffer": "shared", "prefetch": 3}),
     "pp2 one by one": (2, {"parallel": {"pp": 2}}, {"prefetch": 0}),
     "cp2": (2, {"parallel": {"cp": 2}}, {}),

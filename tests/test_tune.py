@@ -61,7 +61,7 @@ def moved(before, after) -> dict:
     ("tied", ["embedding"], lambda n: n.startswith("embedding")),
     ("moe", ["router", "embedding"], lambda n: ".router." in n or n.startswith("embedding")),
     ("moe", ["experts"], lambda n: ".experts." in n),
-], ids=str)
+], ids=lambda value: value.__name__ if callable(value) else str(value))
 def test_frozen_parts_stay_and_all_others_move(model, freeze, is_frozen):
     trail = weights(model, freeze=freeze)
     changes = moved(trail[0], trail[-1])

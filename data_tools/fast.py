@@ -58,6 +58,18 @@ class FastTokenizer:
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids laid end to end, int64 [texts] how many each has)."""
+        named = set(self._names.inside(texts))
+        if not named:
+            return self._encode_plain(texts)
+        by_reference = iter(self.reference.encode_rows([texts[i] for i in sorted(named)]))
+        plain = [text for i, text in enumerate(texts) if i not in named]
+        flat, lengths = self._encode_plain(plain) if plain else (np.zeros(0, np.uint32), np.zeros(0, np.int64))
+        fast = iter(np.split(flat, np.cumsum(lengths)[:-1]))
+        rows = [np.asarray(next(by_reference), dtype=np.uint32) if i in named else next(fast) for i in range(len(texts))]
+        return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+
+    def _encode_plain(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same for texts without names."""
         if len(texts) <= MAX_CALLS or sum(map(len, texts)) >= MIN_CALL_CHARACTERS * len(texts):
             rows = self._one_by_one(texts)
             flat, lengths = np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
@@ -66,18 +78,13 @@ class FastTokenizer:
             offsets = layout.offsets.data
             flat, lengths = layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
             rows = np.split(flat, np.cumsum(lengths)[:-1])
-        named = self._names.inside(texts)
-        self._check(texts, rows, set(named))
-        if named:
-            for i, row in zip(named, self.reference.encode_rows([texts[i] for i in named])):
-                rows[i], lengths[i] = np.asarray(row, dtype=np.uint32), len(row)
-            flat = np.concatenate(rows)
+        self._check(texts, rows)
         return flat, lengths
 
     def _one_by_one(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [_guarded(self._fast.encode, text) for text in texts]
 
-    def _check(self, texts: Sequence[str], rows: Sequence[np.ndarray], named: set[int]) -> None:
+    def _check(self, texts: Sequence[str], rows: Sequence[np.ndarray]) -> None:
         """Compares the ids of a few texts, drawn by the contents of the block, and those of the surroundings of new characters.
 
         Of a long text a part is tokenised again by both.
@@ -92,10 +99,8 @@ class FastTokenizer:
             if len(text) > SAMPLE_CHARACTERS:
                 begin = draw.randrange(len(text) - SAMPLE_CHARACTERS)
                 parts.append(text[begin : begin + SAMPLE_CHARACTERS])
-            elif i not in named:
+            else:
                 whole.append(i)
-        named_parts = set(self._names.inside(parts))
-        parts = [part for i, part in enumerate(parts) if i not in named_parts]
         self._compare([texts[i] for i in whole] + parts, [rows[i] for i in whole] + self._one_by_one(parts))
 
     def _around_new_characters(self, texts: Sequence[str]) -> list[str]:
@@ -161,6 +166,8 @@ def _open(gigatoken, kind: str, path: str, reference: Tokenizer):
     if kind == "tiktoken":
         return gigatoken.Tokenizer.from_tiktoken(path, TIKTOKEN_SCHEMES[reference.pattern], {}), []
     if kind == "hf":
+        if reference.names_follow_normalizer:
+            raise ValueError("names of added tokens are looked for after normalisation")
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         return gigatoken.Tokenizer.from_json(file.read_bytes()), reference.added_tokens()
     if reference.has_unused_pieces:

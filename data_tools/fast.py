@@ -32,9 +32,12 @@ MAX_NEW_CHARACTERS = 20000  # whose surroundings are compared, per process
 
 # White space, contractions, digits, joined scripts, marks, controls and long runs: where tokenizers have been seen to differ.
 AWKWARD = [
-    " ", "  ", "\n", "\r\n\r\n \t", " a", "a ", "a  \n ", "  a\n\n  b", "\ta\t\tb", "a\u00a0b\u3000c\u2028d\u0085e", "It's they'LL 'sx 'ſ we'Ve'd",
-    "1234567890 12 1,234.5", "x\u0301y\u0308 é é", "naïve café — 東京 🚅👩‍👩‍👧", "\x00\x01\x7f", "▁a ▁▁ b", "ﬁ Ａ ½ ² Ⅷ", "مرحبا بالعالم", "नमस्ते", "สวัสดี", "안녕 하세요",
-    "if x:\n\n\n        return {'a': [1, 2]}\n", "-----=====_____/////", "a" * 300, " " * 300, "\n" * 100, "=" * 200 + "\n", "<|x|> <a> </a>", "\ufeffx", "😀" * 40,
+    " ", "  ", "\n", "\r\n\r\n \t", " a", "a ", "a  \n ", "  a\n\n  b", "\ta\t\tb", "a\u00a0b\u3000c\u2028d\u0085e",
+    "It's they'LL 'sx 'ſ we'Ve'd",
+    "1234567890 12 1,234.5", "x\u0301y\u0308 é é", "naïve café — 東京 🚅👩‍👩‍👧", "\x00\x01\x7f", "▁a ▁▁ b", "ﬁ Ａ ½ ² Ⅷ",
+    "مرحبا بالعالم", "नमस्ते", "สวัสดี", "안녕 하세요",
+    "if x:\n\n\n        return {'a': [1, 2]}\n", "-----=====_____/////",
+    "a" * 300, " " * 300, "\n" * 100, "=" * 200 + "\n", "<|x|> <a> </a>", "\ufeffx", "😀" * 40,
 ]  # fmt: skip
 TIKTOKEN_SCHEMES = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k", LLAMA3_PATTERN: "gpt4"}
 

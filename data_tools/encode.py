@@ -98,7 +98,7 @@ class Encoder:
             flat, lengths = self.fast.encode(texts) if self.fast else _flatten(self.tokenizer.encode_rows(texts))
             if self.options.keep_offsets:
                 starts = self._starts(texts, flat, lengths)
-        if flat.size and int(flat.max()) >= self.tokenizer.vocab_size:
+        if self.fast and flat.size and int(flat.max()) >= self.tokenizer.vocab_size:
             raise NoFastPath(f"id {flat.max()} is outside the vocabulary of {self.tokenizer.vocab_size}")
         flat = flat.astype(self.dtype, copy=False)
         steps, sizes = b"", np.zeros(0, dtype=np.int64)

@@ -32,9 +32,12 @@ MAX_NEW_CHARACTERS = 20000  # whose surroundings are compared, per process
 
 # White space, contractions, digits, joined scripts, marks, controls and long runs: where tokenizers have been seen to differ.
 AWKWARD = [
-    " ", "  ", "\n", "\r\n\r\n \t", " a", "a ", "a  \n ", "  a\n\n  b", "\ta\t\tb", "a\u00a0b\u3000c\u2028d\u0085e", "It's they'LL 'sx 'ſ we'Ve'd",
-    "1234567890 12 1,234.5", "x\u0301y\u0308 é é", "naïve café — 東京 🚅👩‍👩‍👧", "\x00\x01\x7f", "▁a ▁▁ b", "ﬁ Ａ ½ ² Ⅷ", "مرحبا بالعالم", "नमस्ते", "สวัสดี", "안녕 하세요",
-    "if x:\n\n\n        return {'a': [1, 2]}\n", "-----=====_____/////", "a" * 300, " " * 300, "\n" * 100, "=" * 200 + "\n", "<|x|> <a> </a>", "\ufeffx", "😀" * 40,
+    " ", "  ", "\n", "\r\n\r\n \t", " a", "a ", "a  \n ", "  a\n\n  b", "\ta\t\tb", "a\u00a0b\u3000c\u2028d\u0085e",
+    "It's they'LL 'sx 'ſ we'Ve'd",
+    "1234567890 12 1,234.5", "x\u0301y\u0308 é é", "naïve café — 東京 🚅👩‍👩‍👧", "\x00\x01\x7f", "▁a ▁▁ b", "ﬁ Ａ ½ ² Ⅷ",
+    "مرحبا بالعالم", "नमस्ते", "สวัสดี", "안녕 하세요",
+    "if x:\n\n\n        return {'a': [1, 2]}\n", "-----=====_____/////",
+    "a" * 300, " " * 300, "\n" * 100, "=" * 200 + "\n", "<|x|> <a> </a>", "\ufeffx", "😀" * 40,
 ]  # fmt: skip
 TIKTOKEN_SCHEMES = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k", LLAMA3_PATTERN: "gpt4"}
 
@@ -58,6 +61,18 @@ class FastTokenizer:
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids laid end to end, int64 [texts] how many each has)."""
+        named = set(self._names.inside(texts))
+        if not named:
+            return self._encode_plain(texts)
+        by_reference = iter(self.reference.encode_rows([texts[i] for i in sorted(named)]))
+        plain = [text for i, text in enumerate(texts) if i not in named]
+        flat, lengths = self._encode_plain(plain) if plain else (np.zeros(0, np.uint32), np.zeros(0, np.int64))
+        fast = iter(np.split(flat, np.cumsum(lengths)[:-1]))
+        rows = [np.asarray(next(by_reference), dtype=np.uint32) if i in named else next(fast) for i in range(len(texts))]
+        return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+
+    def _encode_plain(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same for texts without names."""
         if len(texts) <= MAX_CALLS or sum(map(len, texts)) >= MIN_CALL_CHARACTERS * len(texts):
             rows = self._one_by_one(texts)
             flat, lengths = np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
@@ -66,18 +81,13 @@ class FastTokenizer:
             offsets = layout.offsets.data
             flat, lengths = layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
             rows = np.split(flat, np.cumsum(lengths)[:-1])
-        named = self._names.inside(texts)
-        self._check(texts, rows, set(named))
-        if named:
-            for i, row in zip(named, self.reference.encode_rows([texts[i] for i in named])):
-                rows[i], lengths[i] = np.asarray(row, dtype=np.uint32), len(row)
-            flat = np.concatenate(rows)
+        self._check(texts, rows)
         return flat, lengths
 
     def _one_by_one(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [_guarded(self._fast.encode, text) for text in texts]
 
-    def _check(self, texts: Sequence[str], rows: Sequence[np.ndarray], named: set[int]) -> None:
+    def _check(self, texts: Sequence[str], rows: Sequence[np.ndarray]) -> None:
         """Compares the ids of a few texts, drawn by the contents of the block, and those of the surroundings of new characters.
 
         Of a long text a part is tokenised again by both.
@@ -92,10 +102,8 @@ class FastTokenizer:
             if len(text) > SAMPLE_CHARACTERS:
                 begin = draw.randrange(len(text) - SAMPLE_CHARACTERS)
                 parts.append(text[begin : begin + SAMPLE_CHARACTERS])
-            elif i not in named:
+            else:
                 whole.append(i)
-        named_parts = set(self._names.inside(parts))
-        parts = [part for i, part in enumerate(parts) if i not in named_parts]
         self._compare([texts[i] for i in whole] + parts, [rows[i] for i in whole] + self._one_by_one(parts))
 
     def _around_new_characters(self, texts: Sequence[str]) -> list[str]:
@@ -161,6 +169,8 @@ def _open(gigatoken, kind: str, path: str, reference: Tokenizer):
     if kind == "tiktoken":
         return gigatoken.Tokenizer.from_tiktoken(path, TIKTOKEN_SCHEMES[reference.pattern], {}), []
     if kind == "hf":
+        if reference.names_follow_normalizer:
+            raise ValueError("names of added tokens are looked for after normalisation")
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         return gigatoken.Tokenizer.from_json(file.read_bytes()), reference.added_tokens()
     if reference.has_unused_pieces:

@@ -84,7 +84,8 @@ def _files_under(folder: str, override: str) -> list[str]:
     if others:
         print(f"{folder}: {len(others)} files of other kinds were left out, the first {others[0]}; --format takes them", file=sys.stderr)
     if not found:
-        raise UsageError(f"{folder}: the folder holds no documents ({', '.join(sorted(JSONL_SUFFIXES | TEXT_SUFFIXES | {'.parquet'}))}); name a --format")
+        known = ", ".join(sorted(JSONL_SUFFIXES | TEXT_SUFFIXES | {".parquet"}))
+        raise UsageError(f"{folder}: the folder holds no documents ({known}); name a --format")
     return found
 
 
@@ -143,4 +144,5 @@ def need(module: str, why: str):
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise DataError(f"{why}, which needs {package}: pip install -c constraints.txt {package}, or install the extra: pip install -e '.[data]'") from None
+        cure = f"pip install -c constraints.txt {package}, or the extra: pip install -e '.[data]'"
+        raise DataError(f"{why}, which needs {package}: {cure}") from None

@@ -33,13 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx, and P_report.jsonl")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes")
-    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="the keys or columns that hold text, a corpus each (default: text)")
+    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="keys or columns of text, a corpus each (default: text)")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document id")
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do at a malformed document (default: stop)")
     parser.add_argument("--format", choices=("auto", "jsonl", "text", "parquet"), default="auto", help="input format (default: by the file's suffix)")
     parser.add_argument(
-        "--fast", choices=("auto", "off"), default="auto", help="tokenise with gigatoken where it gives the tokenizer's own ids, as checked on the corpus"
+        "--fast", choices=("auto", "off"), default="auto", help="gigatoken where it gives the tokenizer's own ids, as checked on the corpus"
     )
     parser.add_argument("--keep-offsets", action="store_true", help="keep the character at which each token begins (data_tools/origins.py)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

@@ -28,8 +28,10 @@ SENTENCE_CHARACTERS = 1000  # the trainer's limit is 4192 bytes
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train_tokenizer.py", description="Train a tokenizer.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders and globs of JSON lines, Parquet or text; .gz and .zst work")
-    parser.add_argument("--kind", choices=("bpe", "sentencepiece"), default="bpe", help="byte-level BPE, or SentencePiece BPE with byte fallback (default: bpe)")
+    inputs = "files, folders and globs of JSON lines, Parquet or text; .gz and .zst work"
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=inputs)
+    kinds = "byte-level BPE, or SentencePiece BPE with byte fallback (default: bpe)"
+    parser.add_argument("--kind", choices=("bpe", "sentencepiece"), default="bpe", help=kinds)
     parser.add_argument("--vocab-size", type=positive, required=True, metavar="N", help=f"number of ids, at least {MIN_VOCAB_SIZE}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the tokenizer's files")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="the key that holds the text (default: text)")

@@ -51,10 +51,14 @@ def specs(tmp_path_factory):
     assert train_tokenizer.main(["--input", *sources, "--vocab-size", "700", "--output", str(folder / "bpe")]) == 0
     spm = ["--input", *sources, "--kind", "sentencepiece", "--vocab-size", "700", "--output", str(folder / "spm")]
     assert train_tokenizer.main(spm) == 0
-    ranks = [bytes([i]) for i in range(256)] + [b"th", b" th", b"the", b" the", b"\n\n", b"  ", b"    ", b"in", b"er"]
+    ranks = [bytes([i]) for i in range(256)]
+    ranks += [b"th", b" th", b"the", b" the", b"\n\n", b"  ", b"    ", b"in", b"er"]
     (folder / "small.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks)))
+    content = json.loads((folder / "bpe" / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    (folder / "nfc.json").write_text(json.dumps(content))
     return {
-        "hf": f"hf:{folder}/bpe", "sentencepiece": f"sentencepiece:{folder}/spm/tokenizer.model", "tiktoken": f"tiktoken:{folder}/small.tiktoken",
+        "hf": f"hf:{folder}/bpe", "nfc": f"hf:{folder}/nfc.json", "sentencepiece": f"sentencepiece:{folder}/spm/tokenizer.model", "tiktoken": f"tiktoken:{folder}/small.tiktoken",
         "bytes": "bytes",
     }  # fmt: skip
 
@@ -231,7 +235,8 @@ def difficult_texts():
     random = np.random.default_rng(0)
     folder = Path(sysconfig.get_paths()["stdlib"])
     texts = [(folder / name).read_text() for name in ("heapq.py", "textwrap.py", "html/entities.py", "this.py")]
-    ranges = [(32, 127), (0, 256), (0x300, 0x530), (0x590, 0x700), (0x900, 0xE00), (0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0x1F300, 0x1F700)]
+    ranges = [(32, 127), (0, 256), (0x300, 0x530), (0x590, 0x700), (0x900, 0xE00), (0x2000, 0x2070), (0x3000, 0x3100)]
+    ranges += [(0x4E00, 0x4F00), (0xAC00, 0xAD00), (0x1F300, 0x1F700)]
     for low, high in ranges * 30:
         texts.append("".join(map(chr, random.integers(low, high, size=random.integers(1, 80)))))
     texts += ["".join(chr(c) for c in random.integers(1, 0x110000, size=40) if not 0xD800 <= c < 0xE000) for _ in range(100)]
@@ -239,7 +244,7 @@ def difficult_texts():
     return texts + [f"{a}{name}{b}" for name in names for a, b in (("", ""), ("x", "y"), ("x ", " y"), ("<", ">"), ("＜", "\u0338"))]
 
 
-@pytest.mark.parametrize("kind", ["hf", "sentencepiece", "tiktoken"])
+@pytest.mark.parametrize("kind", ["hf", "nfc", "sentencepiece", "tiktoken"])
 @pytest.mark.parametrize("is_long", [True, False])
 def test_the_fast_path_gives_the_references_bytes(tmp_path, specs, kind, is_long, capsys):
     texts = difficult_texts()
@@ -277,6 +282,35 @@ def test_a_difference_ends_the_fast_path(tmp_path, specs, character, word, capsy
     assert word in err and "differ on" in err and len(err.splitlines()) == 1
     assert run(source, prefix=tmp_path / "off", tokenizer=specs["hf"], options=["--fast", "off"]) == 0
     assert corpus_bytes(tmp_path / "out") == corpus_bytes(tmp_path / "off")
+
+
+SENTENCEPIECE_OPTIONS = [
+    {}, {"add_dummy_prefix": False}, {"byte_fallback": False}, {"normalization_rule_name": "nmt_nfkc"}, {"model_type": "unigram"},
+    {"user_defined_symbols": ["x\n"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SENTENCEPIECE_OPTIONS, ids=["plain", "no prefix", "no bytes", "nfkc", "unigram", "symbol with a line break"])
+def test_sentencepiece_rows_are_those_of_whole_texts(tmp_path, options):
+    import sentencepiece
+
+    plain = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    lines = iter(Path(work.__file__).read_text().splitlines())
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(tmp_path / "m"), vocab_size=500, hard_vocab_limit=False, minloglevel=2, **plain | options)
+    tokenizer = load_tokenizer(f"sentencepiece:{tmp_path}/m.model")
+    random = np.random.default_rng(1)
+    texts = ["".join(random.choice(list("ab x\n\n\r é東 "), size=size)) for size in (1, 299, 300, 301, 2000)] + [Path(work.__file__).read_text(), "\n" * 700]
+    assert (tokenizer._num_prefix_ids is None) == (not {"add_dummy_prefix"} >= set(options))
+    for text, row in zip(texts, tokenizer.encode_rows(texts), strict=True):
+        assert row.tolist() == tokenizer.encode(text)
+
+
+def test_names_that_are_found_after_normalisation_have_no_fast_path(tmp_path, specs, capsys):
+    content = json.loads(Path(specs["nfc"][3:]).read_text())
+    content["added_tokens"][0]["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert run(write_jsonl(tmp_path / "a.jsonl", TEXTS), prefix=tmp_path / "out", tokenizer=f"hf:{tmp_path}/tokenizer.json") == 0
+    assert capsys.readouterr().err == "no fast path: gigatoken refused: names of added tokens are looked for after normalisation\n"
 
 
 def test_why_the_fast_path_was_left_comes_back_from_a_worker():

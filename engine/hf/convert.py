@@ -58,7 +58,8 @@ class Rounded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        return tensor.to(self._dtype).to(tensor.dtype) if self._dtype and tensor.is_floating_point() else tensor
+        is_kept = not self._dtype or not tensor.is_floating_point() or name.endswith("expert_bias")  # which exports keep in fp32
+        return tensor if is_kept else tensor.to(self._dtype).to(tensor.dtype)
 
     def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._tensors

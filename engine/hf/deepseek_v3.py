@@ -16,6 +16,7 @@ from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV3ForCausalLM", "deepseek_v3"
 EMBEDDING = llama.EMBEDDING
+IN_FP32 = ("e_score_correction_bias",)  # transformers computes with it in fp32 too
 
 # What transformers takes where config.json is silent.
 DEFAULTS = dict(max_position_embeddings=4096, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,

@@ -51,7 +51,7 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
     try:
-        kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes)
+        kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes, getattr(family, "IN_FP32", ()))
         copy_tokenizer(part, source, run.data.eod_id)
         if run.chat.template:  # the one the model was trained with, over the tokenizer's own
             (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")
@@ -71,12 +71,17 @@ def full_model(run: RunConfig):
     return run.model.model_copy(update={"max_position": run.model.max_position or run.train.seq_len})
 
 
-def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: float) -> str:
-    """Write (name, tensor) in order as model.safetensors, or as shards with an index; return the first tensor's dtype by name."""
+def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: float,
+                  in_fp32: tuple[str, ...] = ()) -> str:
+    """Write (name, tensor) in order as model.safetensors, or as shards with an index; return the first tensor's dtype by name.
+
+    in_fp32: ends of names whose tensors keep fp32 whatever dtype the others take.
+    """
     shards, shard, size, total, first = [], {}, 0, 0, None
     for name, tensor in tensors:
         # A copy: safetensors refuses tensors that share storage, and gate and up are two halves of one.
-        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        own = tensor.dtype if in_fp32 and name.endswith(in_fp32) else dtype or tensor.dtype
+        tensor = tensor.detach().to(device="cpu", dtype=own, copy=True).contiguous()
         first = first or tensor.dtype
         bytes_ = tensor.numel() * tensor.element_size()
         if shard and size + bytes_ > shard_bytes:

@@ -58,6 +58,22 @@ FURTHER = {"olmo2": [{"tp": 2}, CP], "mistral": [CP], "qwen3": [{"tp": 2}, CP], 
 """Layouts that a model is to be tried under beside tp, pp and, with experts, ep."""
 
 
+def random_network(name: str, dtype=None, head: str = "CausalLM", **keys):
+    """A transformers model whose every parameter is random, norms and biases too, so that a tensor put in the wrong place cannot pass for
+    the right one."""
+    import torch
+    import transformers
+
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**sizes, **keys)
+    network = getattr(transformers, f"AutoModelFor{head}").from_config(config).to(dtype or torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+    return network
+
+
 def layouts_of(name: str) -> list[dict]:
     """The layouts of two ranks that a model is carried through; the first is that of one rank, twice."""
     has_experts = any("expert" in key for key in MODELS[name][1])

@@ -158,7 +158,8 @@ GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1
 
 @pytest.mark.parametrize("hf,message", [
     (LLAMA | dict(architectures=["MinistralForCausalLM"]), "MinistralForCausalLM.*known: LlamaForCausalLM"),
-    (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "known: LlamaForCausalLM"),
+    (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "num_labels=2 is not supported"),
+    (LLAMA | dict(architectures=["LlamaForTokenClassification"]), "known: LlamaForCausalLM.*ForSequenceClassification"),
     (LLAMA | dict(quantization_config={"bits": 4}), "quantization_config"),
     (LLAMA | dict(hidden_size=None, vocab_size=None), "lacks vocab_size, hidden_size"),
     (LLAMA | dict(hidden_size="8"), "hidden_size='8' is not a number"),

@@ -65,7 +65,7 @@ def random_network(name: str, dtype=None, head: str = "CausalLM", **keys):
     import transformers
 
     kind, sizes = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**sizes, **keys)
+    config = getattr(transformers, f"{kind}Config")(**sizes | keys)
     network = getattr(transformers, f"AutoModelFor{head}").from_config(config).to(dtype or torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

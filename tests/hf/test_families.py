@@ -11,6 +11,7 @@ import torch
 from families import MODELS, layouts_of, random_network, train_layouts
 from parity_table import LIMIT, difference
 
+from engine.config import ConfigError, validate
 from engine.hf import FAMILIES
 from engine.hf.convert import in_fp32, run_of
 from engine.hf.export import export
@@ -44,6 +45,15 @@ def test_a_family_goes_all_the_way(tiny, name, tmp_path):
     run = run_of(hf, tensors, tmp_path / "hf", tmp_path / "again")
     again = dict(FAMILIES[run.model.family].from_hf(run.model, tensors))
     assert set(again) == set(written) and all(torch.equal(again[name], written[name]) for name in again)
+
+
+def test_a_layout_that_splits_a_head_is_refused_by_name(tmp_path):
+    network = random_network("qwen3", num_key_value_heads=3)
+    network.save_pretrained(tmp_path / "theirs")
+    hf, tensors = open_hf(tmp_path / "theirs")
+    raw = run_of(hf, tensors, tmp_path / "theirs", tmp_path / "run").model_dump()
+    with pytest.raises(ConfigError, match=r"model.num_query_groups\(3\) is not divisible by parallel.tp\(2\); legal tp: 1, 3"):
+        validate(raw | {"parallel": {"tp": 2}, "data": {"train": ["x"]}}, 2)
 
 
 def last(found, number: int):

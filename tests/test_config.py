@@ -108,7 +108,12 @@ REFUSALS = [
     ([*MOE, "model.moe.balance=sinkhorn", "model.moe.top_k=1", "model.moe.capacity_factor=1.0"], None,
      "model.moe.capacity_factor(1.0) has no meaning for balance=sinkhorn, which fills experts evenly; set it to 0"),
     ([*MOE, "model.moe.first_dense_layers=4"], None,
-     "model.moe.num_experts(8) but no layer is MoE: layer_freq(1), first_dense_layers(4), num_layers(4)"),
+     "model.moe.num_experts(8) but no layer is MoE: layer_freq(1), first_dense_layers(4), dense_layers([]), num_layers(4)"),
+    ([*MOE, "model.moe.dense_layers=[1,4]"], None, "model.moe.dense_layers names [4], but the last of num_layers(4) is 3; leave them out"),
+    (["model.sliding_window=8", "model.full_attention_layers=4"], None,
+     "model.sliding_window(8) but no layer has it: full_attention_layers(4), sliding_window_freq(1), num_layers(4)"),
+    (["model.norm=layernorm", "model.qk_norm=true", "model.qk_norm_width=all"], None,
+     "model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm=layernorm; set qk_norm_width=head"),
     (["parallel.sequence_parallel=true"], None,
      "parallel.sequence_parallel splits over tp ranks, but parallel.tp is 1; set tp >= 2 or sequence_parallel=false"),
     (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"], None,
@@ -382,6 +387,19 @@ def test_any_value_survives_the_round_trip(tmp_path_factory, lr, text, seed):
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump_config(validate(raw)))
     assert load_config(path) == validate(raw)
+
+
+def test_a_configuration_from_before_a_field_was_there_means_what_it_meant():
+    """Fields that came with further model families: a checkpoint's config.yaml has none of them."""
+    run = validate(dict(run=dict(dir="x"), model=dict(family="mixtral", size="8x7b", sliding_window=64, sliding_window_freq=3, qk_norm=True),
+                        train=dict(seq_len=8, global_batch=1, steps=1), data=dict(train=["x"])))
+    old = run.model_dump()
+    for name in ("qk_norm_width", "norm_place", "full_attention_layers"):
+        del old["model"][name]
+    del old["model"]["moe"]["dense_layers"]
+    model = RunConfig.model_validate(old).model
+    assert (model.qk_norm_width, model.norm_place) == ("head", "pre") and all(model.moe_layers)
+    assert model.window_layers == [(i + 1) % 3 != 0 for i in range(32)]
 
 
 def test_the_configuration_is_there_at_once_and_without_torch():

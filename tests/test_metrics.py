@@ -27,6 +27,11 @@ PUBLISHED = [
     ("llama", "llama2_7b", 6_738_415_616), ("llama", "llama2_13b", 13_015_864_320), ("llama", "llama2_70b", 68_976_648_192),
     ("llama", "llama3_8b", 8_030_261_248), ("llama", "llama3_70b", 70_553_706_496), ("llama", "llama3.2_1b", 1_235_814_400),
     ("llama", "llama3.2_3b", 3_212_749_824), ("mixtral", "8x7b", 46_702_792_704), ("mixtral", "8x22b", 140_630_071_296),
+    ("mistral", "7b_v0.1", 7_241_732_096), ("mistral", "nemo_12b", 12_247_782_400), ("mistral", "small_24b", 23_572_403_200),
+    ("qwen2", "qwen2.5_0.5b", 494_032_768), ("qwen2", "qwen2_7b", 7_615_616_512), ("qwen2", "qwen2.5_72b", 72_706_203_648),
+    ("qwen3", "0.6b", 596_049_920), ("qwen3", "8b", 8_190_735_360), ("qwen3_moe", "30b_a3b", 30_532_122_624),
+    ("qwen3_moe", "235b_a22b", 235_093_634_560), ("phi3", "mini_4k", 3_821_079_552), ("phi3", "phi4", 14_659_507_200),
+    ("olmo2", "1b", 1_484_916_736), ("olmo2", "7b", 7_298_617_344),
     ("gpt2", "small", 124_439_808), ("gpt2", "xl", 1_557_611_200),
 ]
 
@@ -60,6 +65,8 @@ HF_MODELS = {
     "qwen2": (("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=False)), tiny(num_query_groups=2, qkv_bias=True)),
     "qwen3": (("Qwen3", dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
               tiny(num_query_groups=2, head_dim=16, qk_norm=True, tie_embeddings=True)),
+    "olmo2": (("Olmo2", dict(num_key_value_heads=2)), tiny(num_query_groups=2, qk_norm=True, qk_norm_width="all", norm_place="post")),
+    "gemma2, norms on both sides": (("Gemma2", dict(num_key_value_heads=2, head_dim=8)), tiny(num_query_groups=2, tie_embeddings=True, norm_place="both")),
     "mixtral": (("Mixtral", dict(num_key_value_heads=2, num_local_experts=4, tie_word_embeddings=False)),
                 tiny(num_query_groups=2, moe=dict(num_experts=4))),
     "deepseek, shared experts": (

@@ -11,7 +11,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import deepseek_v2, llama, names
-from engine.hf.fields import need, refuse, to_model
+from engine.hf.fields import named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV3ForCausalLM", "deepseek_v3"
@@ -39,8 +39,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"transformers scores groups by two experts, and there are {per_group} in each": per_group < 2,
     }, f"{ARCHITECTURE} cannot express this model")
     return deepseek_v2.common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "scoring_func": "sigmoid",
         "norm_topk_prob": True,
         "topk_method": "noaux_tc",

@@ -76,6 +76,28 @@ def to_model(fields: Mapping[str, Any]) -> Model:
     return model
 
 
+def classifier(architecture: str) -> str:
+    """The HF architecture with a scalar head that goes with one for tokens: AutoModelForSequenceClassification's."""
+    prefix = next(prefix for prefix in (architecture.removesuffix("ForCausalLM"), architecture.removesuffix("LMHeadModel")) if prefix != architecture)
+    return f"{prefix}ForSequenceClassification"
+
+
+def named(architecture: str, model_type: str, model: Model) -> dict[str, Any]:
+    """The keys by which transformers finds the classes of `model`: a scalar head is a classifier with one label."""
+    if model.head == "scalar":
+        return {"architectures": [classifier(architecture)], "model_type": model_type, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": [architecture], "model_type": model_type}
+
+
+def head_of(hf: Mapping[str, Any]) -> str:
+    """`head` of config.Model. Raises HFError for a classifier that gives more than one number."""
+    if not (hf.get("architectures") or [""])[0].endswith("ForSequenceClassification"):
+        return "tokens"
+    labels = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)
+    refuse({f"num_labels={labels} is not supported; a reward model has 1": labels != 1}, "config.json")
+    return "scalar"
+
+
 def dtype_keys(dtype: str) -> dict[str, str]:
     """`float32`, `bfloat16` or `float16` under both of its names."""
     return {"torch_dtype": dtype, "dtype": dtype}

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import gemma2, llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Gemma3ForCausalLM", "gemma3_text"
@@ -20,12 +20,13 @@ EMBEDDING = llama.EMBEDDING
 def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of `model` for transformers 4.x and 5.x; see llama.py. Raises HFError where Gemma3ForCausalLM cannot express the model."""
     refuse(llama.inexpressible(model, qk_norm=True, **gemma2.FIXED, logits_softcap=None, query_pre_attn_scalar=None, rope_local_theta=None)
-           | gemma2.common_problems(model), f"{ARCHITECTURE} cannot express this model")
+           | gemma2.common_problems(model) | {
+        "model.head=scalar (transformers' classifier of this name is that of the vision model)": model.head == "scalar",
+    }, f"{ARCHITECTURE} cannot express this model")
     config = gemma2.common_config(model, seq_len, dtype)
     local = model.rope_local_theta or model.rope_theta
     return config | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": model.logits_softcap or None,
         "rope_local_base_freq": local,

@@ -62,6 +62,13 @@ def vocabulary(engine: str, hf: str, model: Model) -> Pair:
                 lambda t: (t[: model.vocab_size],))
 
 
+def head(model: Model) -> list[Pair]:
+    """What stands on the last layer: the output matrix, unless it is the embedding's, or the row vector of a reward."""
+    if model.head == "scalar":
+        return [same("value_head.weight", "score.weight", 1, model.hidden_size)]
+    return [] if model.tie_embeddings else [vocabulary("output_layer.weight", "lm_head.weight", model)]
+
+
 def qkv(engine: str, hf: Sequence[str], model: Model, *cols: int, is_optional: bool = False) -> Pair:
     """HF's q, k and v as one engine tensor, group by group; cols is (h,) for weights and () for biases."""
     q_rows, kv_rows = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
@@ -22,8 +22,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     refuse(llama.inexpressible(model, qkv_bias=True, linear_bias=False) | windows_alternate(model) | llama.has_experts(model),
            f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | window_config(model) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
     }
 

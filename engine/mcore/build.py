@@ -486,7 +486,7 @@ def fill(chunk, tensors) -> None:
 
 
 def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank."""
+    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank; with a scalar head values [b, s, 1]."""
     from engine.mcore import topology
 
     topology.start_single()
@@ -496,7 +496,8 @@ def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
     chunk.eval()
     positions = torch.arange(tokens.size(1)).expand_as(tokens)
     with torch.no_grad():
-        return chunk(tokens, positions, None)[..., :run.model.vocab_size].float()
+        output = chunk(tokens, positions, None)
+    return output[..., None] if run.model.head == "scalar" else output[..., :run.model.vocab_size].float()
 
 
 def bare(chunk) -> GPTModel:

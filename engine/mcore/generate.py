@@ -147,6 +147,8 @@ class _Decoder:
             if seen is not None:
                 seen[range(len(here)), tokens] = True
             logits = self._go_on(tokens)
+            if outgrown := self._outgrown():
+                logits = self._read_again(outgrown, [prompts[here[place]] + answers[here[place]].tokens for place in outgrown], logits)
 
     def wait_for_others(self) -> None:
         """Where experts are spread over replicas, take part in their passes until all are done."""
@@ -197,6 +199,26 @@ class _Decoder:
         """One more token of each row. Logits as of _read."""
         logits = self._working_pass(torch.tensor(tokens)[:, None], [self.rows.end + 1 - start for start in self.rows.starts])
         self.rows.end += 1
+        return logits
+
+    def _outgrown(self) -> list[int]:
+        """Places of rows that have just become longer than what LongRoPE's short factors are for. transformers takes the long ones for all
+        their tokens from then on in Phi-3, and for the new ones alone in other families."""
+        scaling = self.model.rope_scaling
+        if self.model.family != "phi3" or scaling.kind != "longrope":
+            return []
+        return [place for place, start in enumerate(self.rows.starts) if self.rows.end - start == scaling.original_max_position + 1]
+
+    def _read_again(self, places: list[int], texts: list[list[int]], logits: torch.Tensor | None) -> torch.Tensor | None:
+        """Keep new keys of the rows at these places, whose texts are equally long. `logits` with theirs replaced."""
+        at_once = max(1, READ_AT_ONCE // len(texts[0]))
+        for begin in range(0, len(places), at_once):
+            some = places[begin:begin + at_once]
+            self.rows.reading = [[place] for place in some]
+            found = self._working_pass(torch.tensor(texts[begin:begin + at_once]), [len(texts[0])] * len(some))
+            if logits is not None:
+                logits[some] = found
+        self.rows.reading = None
         return logits
 
     def _working_pass(self, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:

@@ -38,7 +38,12 @@ def test_config_of_transformers_survives(model):
     same_as_default = {"n_inner"} if theirs.get("n_inner", 0) is None else set()
     repeated = {"head_dim", "partial_rotary_factor"} - set(theirs)  # hidden_size / heads; what rope_parameters say too
     unused = {"max_window_layers"} if not theirs.get("use_sliding_window") else set()
-    ignored = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "decoder_sparse_step",
+    # What DeepSeek's own code reads, a name of before, and a window that no layer has.
+    of_others = {"scoring_func", "topk_method", "moe_layer_freq", "aux_loss_alpha", "seq_aux", "experts_per_token", "norm_topk_prob",
+                 "rope_interleave", "rope_local_base_freq"} - set(theirs)
+    of_others |= {"hidden_act"} if "hidden_activation" in theirs else set()
+    of_others |= {"sliding_window"} if "sliding_attention" not in theirs.get("layer_types", ["sliding_attention"]) else set()
+    ignored = of_others | {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "decoder_sparse_step",
                "mlp_only_layers"} | zero_bias | training | same_as_default | repeated | unused  # sparse layers are told in one of two ways
     mine.get("rope_parameters", {}).pop("type", None)  # the old name of rope_type
     assert {k: v for k, v in mine.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
@@ -158,7 +163,8 @@ GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1
 
 @pytest.mark.parametrize("hf,message", [
     (LLAMA | dict(architectures=["MinistralForCausalLM"]), "MinistralForCausalLM.*known: LlamaForCausalLM"),
-    (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "known: LlamaForCausalLM"),
+    (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "num_labels=2 is not supported"),
+    (LLAMA | dict(architectures=["LlamaForTokenClassification"]), "known: LlamaForCausalLM.*ForSequenceClassification"),
     (LLAMA | dict(quantization_config={"bits": 4}), "quantization_config"),
     (LLAMA | dict(hidden_size=None, vocab_size=None), "lacks vocab_size, hidden_size"),
     (LLAMA | dict(hidden_size="8"), "hidden_size='8' is not a number"),

@@ -73,8 +73,8 @@ HF_MODELS = {
     "gemma2, norms on both sides": (("Gemma2", dict(num_key_value_heads=2, head_dim=8)), tiny(num_query_groups=2, tie_embeddings=True, norm_place="both")),
     "mixtral": (("Mixtral", dict(num_key_value_heads=2, num_local_experts=4, tie_word_embeddings=False)),
                 tiny(num_query_groups=2, moe=dict(num_experts=4))),
-    "deepseek, latent": (("DeepseekV3", dict(first_k_dense_replace=3, **LATENT, tie_word_embeddings=False)), tiny(mla=LATENT)),
-    "deepseek, latent, queries": (("DeepseekV3", dict(first_k_dense_replace=3, **LATENT, tie_word_embeddings=True) | dict(q_lora_rank=None)),
+    "deepseek, latent": (("DeepseekV3", dict(num_key_value_heads=4, first_k_dense_replace=3, **LATENT, tie_word_embeddings=False)), tiny(mla=LATENT)),
+    "deepseek, latent, queries": (("DeepseekV3", dict(num_key_value_heads=4, first_k_dense_replace=3, **LATENT, tie_word_embeddings=True) | dict(q_lora_rank=None)),
                                   tiny(mla=LATENT | dict(q_lora_rank=0), tie_embeddings=True)),
     "deepseek, shared experts": (
         ("Dots1", dict(num_key_value_heads=4, head_dim=8, n_routed_experts=4, n_shared_experts=2, moe_intermediate_size=24,

@@ -271,7 +271,7 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
 
 def _times_root_of_width(module, inputs, embeddings):
     """Embeddings [s, b, h] times sqrt(h), a factor in their dtype (Gemma)."""
-    return embeddings * torch.tensor(embeddings.size(-1) ** 0.5, dtype=embeddings.dtype, device=embeddings.device)
+    return embeddings * torch.tensor(embeddings.size(-1) ** 0.5, dtype=embeddings.dtype).item()
 
 
 def _mark_experts(chunk, parallel) -> None:

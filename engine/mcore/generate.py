@@ -24,8 +24,8 @@ from engine.mcore.build import DTYPES, bare
 from engine.mcore.forward_only import Turn, forward_only, run_layers
 from engine.mcore.sample import draw, uniforms
 from engine.rope import BY_LENGTH, attention_factor, inverse_frequencies
-from engine.rope import local as local_rope
 from engine.sampling import Generated, Sampling, Text
+from engine.stage_sections import RopeScaling
 
 READ_AT_ONCE = 8192  # tokens of prompts in one pass, padding included, unless one prompt alone is longer
 
@@ -107,6 +107,9 @@ class _Decoder:
         self.networks = [bare(chunk) for chunk in model.chunks]
         self.dtype = DTYPES[model.run.train.precision]
         self.has_rope = self.model.position == "rope"
+        self.local = None  # frequencies of layers that see the sliding window alone, where they have their own
+        if self.has_rope and self.model.rope_local_theta:
+            self.local = inverse_frequencies(self.model.rope_local_theta, self.model.rope_dims, RopeScaling(), 0)[0].to(self.topology.device)
         self._frequencies_at: dict[int, torch.Tensor] = {}
         t = self.topology
         self.num_together = t.tp * t.pp  # ranks that work on the same rows
@@ -235,7 +238,7 @@ class _Decoder:
         else:
             positions = torch.arange(tokens.size(1), device=device)[None]  # [1, s]
         turn = self._turn(positions.t(), lengths) if self.has_rope else None
-        local = self._local_turn(positions.t()) if self.has_rope and self.model.rope_local_theta else turn
+        local = turn if self.local is None else Turn.of(positions.t()[..., None, None] * self.local, 1.0, self.dtype)
         hidden = None
         for network in self.networks:
             if network.pre_process:
@@ -264,12 +267,6 @@ class _Decoder:
         frequencies = torch.stack([self._frequencies(length) for length in lengths])[:, None] if by_length else self._frequencies(0)
         angles = positions[..., None, None] * frequencies  # [s, b or 1, 1, r / 2], fp32
         return Turn.of(angles, attention_factor(scaling), self.dtype)
-
-    def _local_turn(self, positions: torch.Tensor) -> Turn:
-        """The same in layers that see the sliding window alone, where they have frequencies of their own."""
-        model = local_rope(self.model)
-        frequencies, factor = inverse_frequencies(model.rope_theta, model.rope_dims, model.rope_scaling, 0)
-        return Turn.of(positions[..., None, None] * frequencies.to(self.topology.device), factor, self.dtype)
 
     def _frequencies(self, length: int) -> torch.Tensor:
         """fp32 [r / 2] for rows of this length."""

@@ -36,7 +36,8 @@ def test_config_of_transformers_survives(model):
     zero_bias = {"mlp_bias"} if model.run.model.linear_bias and not model.hf.get("mlp_bias") else set()
     training = {"router_aux_loss_coef"} - set(model.hf)
     same_as_default = {"n_inner"} if theirs.get("n_inner", 0) is None else set()
-    repeated = {"head_dim", "partial_rotary_factor"} - set(theirs)  # hidden_size / heads; what rope_parameters say too
+    # hidden_size / heads; what rope_parameters say too; what only transformers 4.x reads
+    repeated = {"head_dim", "partial_rotary_factor", "max_window_layers"} - set(theirs)
     unused = {"max_window_layers"} if not theirs.get("use_sliding_window") else set()
     ignored = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "decoder_sparse_step",
                "mlp_only_layers"} | zero_bias | training | same_as_default | repeated | unused  # sparse layers are told in one of two ways

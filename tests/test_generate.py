@@ -97,7 +97,7 @@ MODELS = {
     "qwen3 moe": {"model": {"family": "qwen3_moe", "moe": {**MOE["model"]["moe"], "softmax_after_top_k": False, "dense_layers": [1]}}},
     "phi3": {"model": {"family": "phi3", "rope_percent": 0.75}},
     "phi3 longrope": {"model": {"family": "phi3", "max_position": SEQ, "rope_scaling": {**SCALINGS["longrope"], "original_max_position": 32}}},
-    "olmo2": {"model": {"family": "olmo2", "vocab_size": VOCAB}},
+    "olmo2": {"model": {"family": "olmo2"}},
     **{kind: {"model": {"rope_scaling": scaling, "max_position": SEQ}} for kind, scaling in SCALINGS.items()},
 }
 
@@ -182,6 +182,7 @@ def on_one_rank(change, num):
     ({}, {}, 2, [0, 7]),
     ({}, {"tp": 2, **SP}, 2, [7]),
     ({"model": {"tie_embeddings": True}}, {"tp": 2}, 2, [7]),
+    ({"model": {"family": "olmo2"}}, {"tp": 2, **SP}, 2, [7]),
     ({}, {"pp": 2}, 2, [7]),
     ({"model": {"tie_embeddings": True}}, {"pp": 2, "vpp": 2}, 2, [7]),
     ({}, {"cp": 2}, 2, [7]),

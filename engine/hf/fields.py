@@ -1,4 +1,4 @@
-"""What the families share between config.json and `config.Model`: required keys, refusals, RoPE in both spellings.
+"""What the families share between config.json and `config.Model`: required keys, refusals, heads, RoPE in both spellings.
 
 A config.json enters as the dict json.load returned; keys of config.Model leave, and the other way round. transformers 4.x
 reads `rope_theta` and `rope_scaling`, 5.x `rope_parameters`; likewise `torch_dtype` and `dtype`. We write all of them and read
@@ -69,7 +69,8 @@ def to_model(fields: Mapping[str, Any]) -> Model:
     }, "config.json describes no model")
     scaling, dims = model.rope_scaling, model.rope_dims
     pairs = dims // 2
-    refuse({f"RoPE rotates pairs, but {dims} dims of a head are to be rotated": model.position == "rope" and dims % 2 != 0}, "config.json describes no model")
+    refuse({f"RoPE rotates pairs, but {dims} dims of a head are to be rotated": model.position == "rope" and dims % 2 != 0},
+           "config.json describes no model")
     refuse({f"RoPE type longrope has {len(factors)} entries in {name}, but a head has {pairs} pairs": len(factors) != pairs
             for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
             if scaling.kind == "longrope"}, "config.json describes no model")
@@ -78,8 +79,7 @@ def to_model(fields: Mapping[str, Any]) -> Model:
 
 def classifier(architecture: str) -> str:
     """The HF architecture with a scalar head that goes with one for tokens: AutoModelForSequenceClassification's."""
-    prefix = next(prefix for prefix in (architecture.removesuffix("ForCausalLM"), architecture.removesuffix("LMHeadModel")) if prefix != architecture)
-    return f"{prefix}ForSequenceClassification"
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForSequenceClassification"
 
 
 def named(architecture: str, model_type: str, model: Model) -> dict[str, Any]:

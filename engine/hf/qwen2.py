@@ -73,7 +73,8 @@ def window_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     types = hf.get("layer_types")
     first = hf.get("max_window_layers", 28) if types is None else types.count("full_attention")
     if types is not None:
-        refuse({f"layer_types={types} has windows in other layers than the last ones": types != ["full_attention"] * first + ["sliding_attention"] * (layers - first),
-                f"layer_types names {layers - first} layers with a sliding window, but use_sliding_window is not true": window is None and first < layers},
-               "config.json")
+        has_windows_last = types == ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+        refuse({f"layer_types={types} has windows in other layers than the last ones": not has_windows_last,
+                f"layer_types names {layers - first} layers with a sliding window, but use_sliding_window is not true":
+                    window is None and first < layers}, "config.json")
     return {} if not window or first >= layers else {"sliding_window": window, "full_attention_layers": first}

@@ -34,6 +34,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         "attention_bias": False,
         "use_sliding_window": model.sliding_window > 0,
         "sliding_window": model.sliding_window or None,
+        "max_window_layers": 0 if model.sliding_window else model.num_layers,  # of transformers 4.x; 5.x has the window in all layers
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": model.moe_ffn_hidden_size,

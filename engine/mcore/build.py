@@ -78,11 +78,11 @@ def transformer_config(run, device: str) -> TransformerConfig:
         gated_linear_unit=model.gated,
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
-        qk_layernorm=model.qk_norm and model.qk_norm_width == "head",  # megatron sums gradients of such norms over tp; norms.py has the others
+        qk_layernorm=model.qk_norm and model.qk_norm_width == "head",  # norms.py has the others: megatron sums gradients of these over tp
         softmax_scale=softmax_scale(model),
         layernorm_zero_centered_gamma=model.norm_zero_centered,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
-        window_attn_skip_freq=[int(flag) for flag in model.window_layers] if model.sliding_window and not all(model.window_layers) else None,
+        window_attn_skip_freq=None if not model.sliding_window or all(model.window_layers) else [int(flag) for flag in model.window_layers],
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         # init_weights fills the parameters; megatron still has to run its own init, which marks them as split over tp.

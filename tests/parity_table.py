@@ -24,7 +24,8 @@ GPT2 = dict(family="gpt2", num_layers=4, hidden_size=64, ffn_hidden_size=96, num
 LATENT = dict(family="deepseek_v3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB,
               mla=dict(q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12))
 GEMMA = dict(family="gemma3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=VOCAB,
-             sliding_window=24, sliding_window_freq=2, rope_local_theta=100.0, query_pre_attn_scalar=5, attention_softcap=2.0, logits_softcap=3.0)
+             sliding_window=24, sliding_window_freq=2, rope_local_theta=100.0, query_pre_attn_scalar=5, attention_softcap=2.0, logits_softcap=3.0,
+             init_std=0.2)  # what is normalised behind a sublayer is then not so small that its rounding becomes large
 GPT_OSS = dict(family="gpt_oss", num_layers=4, hidden_size=64, ffn_hidden_size=48, num_attention_heads=8, num_query_groups=4, head_dim=8,
                vocab_size=VOCAB, sliding_window=24, swiglu_limit=0.5, rope_scaling=dict(kind="none"),
                moe=dict(num_experts=4, top_k=2, balance="aux_loss"))

@@ -30,7 +30,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     seq_len: tokens per training sample, the number of positions where model.max_position is 0.
     Raises HFError where GPT2LMHeadModel cannot express the model.
     """
-    refuse(differing(model) | {
+    refuse({
         f"model.norm={model.norm}": model.norm != "layernorm",
         f"model.activation={model.activation}": model.activation not in ACTIVATIONS,
         f"model.position={model.position}": model.position != "learned",
@@ -40,7 +40,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         "model.qk_norm=true": model.qk_norm,
         f"model.sliding_window={model.sliding_window}": model.sliding_window > 0,
         f"model.moe.num_experts={model.moe.num_experts}": model.moe.num_experts > 0,
-    }, f"{ARCHITECTURE} cannot express this model")
+    } | differing(model), f"{ARCHITECTURE} cannot express this model")
     return {
         **named(ARCHITECTURE, MODEL_TYPE, model),
         "vocab_size": model.vocab_size,

@@ -90,6 +90,19 @@ def test_foreign_configs_are_refused(hf, message):
         read_model(hf)
 
 
+@pytest.mark.parametrize("family, config, sizes", [
+    ("deepseek_v2", "DeepseekV2Config", dict(num_experts_per_tok=2)), ("deepseek_v3", "DeepseekV3Config", dict(num_key_value_heads=32)),
+    ("gemma2", "Gemma2Config", {}), ("gemma3", "Gemma3TextConfig", dict(num_hidden_layers=7)), ("gpt_oss", "GptOssConfig", {}),
+], ids=["deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss"])
+def test_defaults_are_those_of_transformers(family, config, sizes):
+    """A terse config.json means what transformers takes it to mean."""
+    import transformers
+
+    terse = dict(vocab_size=9, hidden_size=64, intermediate_size=6, num_hidden_layers=2, num_attention_heads=32) | sizes
+    architecture = {"architectures": [FAMILIES[family].ARCHITECTURE]}
+    assert read_model(terse | architecture) == read_model(getattr(transformers, config)(**terse).to_dict() | architecture)
+
+
 RARE = {"norm_place": "both", "norm_zero_centered": True, "scale_embeddings": True, "logits_softcap": 3.0, "attention_softcap": 3.0,
         "query_pre_attn_scalar": 7.0, "attention_sinks": True, "rope_local_theta": 100.0, "activation": "clamped_swiglu",
         "mla": {"kv_lora_rank": 4}, "moe": {"num_experts": 4, "num_groups": 2, "group_top_k": 1}}

@@ -54,6 +54,13 @@ def need(hf: Mapping[str, Any], *keys: str) -> list[Any]:
     return [hf[key] for key in keys]
 
 
+def count(hf: Mapping[str, Any], key: str, default: int, least: int = 0) -> int:
+    """The whole number under `key`, or transformers' default where it is left out or null; HFError for anything else."""
+    value = default if hf.get(key) is None else hf[key]
+    refuse({f"{key}={value!r} is not a whole number of {least} or more": type(value) is not int or value < least}, "config.json")
+    return value
+
+
 def to_model(fields: Mapping[str, Any]) -> Model:
     """A Model from a family's model_fields; HFError for values that no model can have, such as a negative size."""
     try:

@@ -215,6 +215,8 @@ GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1
     (QWEN2 | dict(layer_types=["full_attention", "sliding_attention"]), "use_sliding_window is not true"),
     (QWEN3 | dict(use_sliding_window=True, layer_types=["chunked_attention"]), "layer_types=.*windows in other layers"),
     (QWEN3 | dict(attention_bias=True), "attention_bias=true"),
+    (QWEN3 | dict(use_sliding_window=True, max_window_layers="all"), "max_window_layers='all' is not a whole number of 0"),
+    (QWEN3_MOE | dict(decoder_sparse_step=0), "decoder_sparse_step=0 is not a whole number of 1"),
     (QWEN3_MOE | dict(attention_bias=True, num_experts_per_tok=1, norm_topk_prob=True), "attention_bias=true.*num_experts_per_tok=1"),
     (QWEN3_MOE | dict(num_experts=0), "num_experts=0"),
     (PHI3 | dict(rope_scaling=dict(type="linear", factor=2.0)), "'linear' is not Phi-3's"),

@@ -123,8 +123,6 @@ CASES = [
     case("gemma", 2, tp=2, **SP, recompute="selective"),
     case("moe-sinks", 2, tp=2, **SP, etp=1, ep=2),
     case("latent", 2, tp=2),
-    case("latent", 2, tp=2, **SP),
-    case("latent", 2, cp=2),
     case("latent-moe", 2, tp=2, **SP, etp=1, ep=2),
     case("moe", 4, ep=2, pp=2, vpp=2),
     case("moe", 4, ep=4, zero1=True),

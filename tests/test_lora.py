@@ -68,7 +68,6 @@ ROWS = [
     (Case("moe", 2, dict(tp=2, **SP), {}), DORA),
     (Case("moe", 2, dict(tp=2, **SP, etp=1, ep=2, zero1=True), {}), DORA),
     (Case("moe", 2, dict(etp=2), {}), DORA),
-    (Case("gemma", 2, dict(tp=2, **SP), {}), LORA),
     (Case("moe-sinks", 2, dict(tp=2, **SP, etp=1), {}), DORA),
     (Case("latent-moe", 2, dict(tp=2, **SP, etp=1, ep=2), {}), {**LORA, "targets": ["o_proj", "gate_proj", "up_proj", "down_proj"]}),
 ]

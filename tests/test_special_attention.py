@@ -117,3 +117,15 @@ def test_in_bf16_what_is_added_to_one_is_not_rounded_away():
     norm.weight.data = torch.full((4,), 1e-3).bfloat16()
     large = torch.full((1, 4), 1000.0)  # whose norm is 1
     assert norm(large)[0, 0] > 1  # 1 + 1e-3 is 1 in bf16
+
+
+@pytest.mark.parametrize("fields, backend", [({}, "te"), ({"attention_sinks": True}, "torch"), ({"mla": {"kv_lora_rank": 8}}, "torch")],
+                         ids=["plain", "sinks", "latent"])
+def test_auto_takes_torch_layers_for_what_they_alone_have(monkeypatch, fields, backend):
+    from engine.config import validate
+    from engine.mcore import build
+
+    monkeypatch.setattr(build, "te_problem", "")
+    run = validate({"run": {"dir": "x"}, "data": {"train": ["x"]}, "train": {"seq_len": 8, "global_batch": 1, "steps": 1},
+                    "model": dict(family="llama", num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=9) | fields})
+    assert build.backend_of(run, "cuda") == backend

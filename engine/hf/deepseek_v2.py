@@ -25,6 +25,7 @@ DEFAULTS = dict(max_position_embeddings=2048, q_lora_rank=1536, kv_lora_rank=512
                 n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1407, first_k_dense_replace=0, routed_scaling_factor=1.0,
                 num_experts_per_tok=None)
 
+
 def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of `model` for transformers 4.x and 5.x.
 

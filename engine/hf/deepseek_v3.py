@@ -79,7 +79,10 @@ def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
 
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """How the names of tensors begin that belong to modules for further tokens: layers after the last one."""
-    return tuple(f"model.layers.{hf['num_hidden_layers'] + i}." for i in range(hf.get("num_nextn_predict_layers") or 0))
+    if not hf.get("num_nextn_predict_layers"):
+        return ()
+    layers, num_modules = need(hf, "num_hidden_layers", "num_nextn_predict_layers")
+    return tuple(f"model.layers.{layers + i}." for i in range(num_modules))
 
 
 def _router(model: Model, engine: str, hf: str) -> list[Pair]:

@@ -82,6 +82,8 @@ def test_published_configs_are_the_sizes_of_engine_models(family, size, hf):
     (GEMMA3 | {"attn_logit_softcapping": 50.0}, "which transformers ignores"),
     (GEMMA3 | {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "linear"}}}, "'linear' of layers with a sliding window"),
     (GEMMA3 | {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration.*known:"),
+    (GEMMA3 | {"rope_parameters": [1]}, "full_attention are .1., not a mapping"),
+    (GEMMA3 | {"sliding_window_pattern": "six"}, "sliding_window_pattern='six' is not a number"),
     (GPT_OSS | {"attention_bias": False}, "attention_bias=false"),
     (GPT_OSS | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
 ])

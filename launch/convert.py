@@ -4,7 +4,8 @@
     python launch/convert.py to-hf CKPT_DIR HF_DIR        a checkpoint -> a folder that transformers loads
     python launch/convert.py to-peft CKPT_DIR PEFT_DIR --base NAME     a checkpoint's adapters -> a folder that PEFT loads
 
-Adapters (lora.*) are merged by to-hf; from-hf takes some along with --adapter PEFT_DIR.
+Which families there are, and what of them is refused: docs/models.md. A reward model is transformers' ...ForSequenceClassification with one
+label, both ways. Adapters (lora.*) are merged by to-hf; from-hf takes some along with --adapter PEFT_DIR.
 
 The result is written under another name, the engine's logits are compared with transformers' on a few prompts (fp32, one CPU
 process), and only then does it get its name; above the tolerance it stays as NAME.failed. One process converts; memory must hold

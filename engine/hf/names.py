@@ -3,6 +3,7 @@
 A Pair ties one engine tensor to the HF tensors with its numbers. Its `join` makes the engine tensor from them, its `split` undoes
 that, bit by bit. `from_hf` and `to_hf` walk a list of Pairs in model order and read every tensor once, when its turn comes, so a
 lazy mapping never holds a whole model. Engine names and shapes are those of a megatron GPTModel.state_dict() at tp = pp = ep = 1.
+An HF tensor that stacks the experts of a layer is tied part by part, under names of slice_of.
 Left out: parallel shards (the checkpoint reader has put them together) and changes of dtype (export's affair).
 """
 

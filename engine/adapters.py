@@ -22,6 +22,8 @@ _VOCABULARY = ("embed_tokens", "lm_head", "wte", "embedding", "output_layer")
 def parts_of(linear: str, model) -> tuple[str, ...]:
     """The Hugging Face layers fused into one linear layer of the engine; none for a layer that takes no adapter."""
     parts = PARTS.get(linear, ())
+    if linear == "linear_qkv" and model.is_latent:
+        return ()  # latent attention has no such layer, and its own ones take no adapter
     return parts if linear != "linear_fc1" or model.gated else parts[1:]
 
 
@@ -58,7 +60,8 @@ def problems(run) -> Iterator[str]:
         if target in _VOCABULARY:
             yield f"lora.targets: {target} belongs to the vocabulary, which takes no adapter here; leave it out (legal: {', '.join(legal)})"
         elif target not in legal:
-            yield f"lora.targets: {target} is no linear layer of this model (activation {model.activation}); legal: {', '.join(legal)}"
+            why = ", whose latent attention takes no adapters" if model.is_latent else f" (activation {model.activation})"
+            yield f"lora.targets: {target} is no linear layer of this model{why}; legal: {', '.join(legal)}"
     small = {name: min(dims) for name, dims in _dims(model) if name in lora.targets and min(dims) < lora.rank}
     if small:
         yield (f"lora.rank({lora.rank}) exceeds the smaller dim of {', '.join(f'{name}({width})' for name, width in small.items())}; "
@@ -72,7 +75,7 @@ def problems(run) -> Iterator[str]:
 
 def _dims(model) -> Iterator[tuple[str, tuple[int, int]]]:
     hidden, queries, keys = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
-    yield from {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}.items()
+    yield from {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, model.num_attention_heads * model.value_size)}.items()
     widths = [model.ffn_hidden_size] if not all(model.moe_layers) else []
     widths += [model.moe_ffn_hidden_size] if any(model.moe_layers) else []
     widths += [model.moe.shared_expert_ffn_hidden_size] if any(model.moe_layers) and model.moe.shared_expert_ffn_hidden_size else []

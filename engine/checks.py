@@ -5,7 +5,7 @@ RunConfig; nothing here touches a device or a process group, so an impossible la
 Left out: limits that only data or a device can tell; those are raised where they are met.
 """
 
-from engine import adapters
+from engine import adapters, torch_only
 from engine.config import Unreadable, nearest
 from engine.stages import STAGES, TEXT, ladder
 
@@ -17,7 +17,8 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     kept apart by the fields they need.
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
-              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
+              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope,
+              _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
@@ -52,9 +53,13 @@ def _stage(run):
         yield f"stage={run.stage} is unknown{nearest(run.stage, STAGES)}"
 
 
+def _has_head_size(model) -> bool:
+    return bool(model.is_latent or model.head_dim) or model.hidden_size % model.num_attention_heads == 0
+
+
 def _heads(run):
     model = run.model
-    if not model.head_dim and model.hidden_size % model.num_attention_heads:
+    if not _has_head_size(model):
         yield (f"model.hidden_size({model.hidden_size}) is not divisible by num_attention_heads({model.num_attention_heads}); "
                "set model.head_dim or change one of them")
 
@@ -85,17 +90,19 @@ def _widths(run):
 
 def _rope(run):
     model = run.model
-    if not model.head_dim and model.hidden_size % model.num_attention_heads:
+    if not _has_head_size(model):
         return      # told by _heads
-    if model.position == "rope" and int(model.head_size * model.rope_percent) % 2:
+    if model.position == "rope" and model.rope_dims % 2 and model.is_latent:
+        yield f"RoPE rotates pairs, but model.mla.qk_rope_head_dim({model.rope_dims}) is odd; change it"
+    elif model.position == "rope" and model.rope_dims % 2:
         yield f"RoPE rotates pairs, but head_dim({model.head_size}) * rope_percent({model.rope_percent}) is odd; change model.head_dim"
 
 
 def _rope_scaling(run):
     model, scaling = run.model, run.model.rope_scaling
-    if scaling.kind == "none" or (not model.head_dim and model.hidden_size % model.num_attention_heads):
+    if scaling.kind == "none" or not _has_head_size(model):
         return
-    dims, original = int(model.head_size * model.rope_percent), scaling.original_max_position
+    dims, original = model.rope_dims, scaling.original_max_position
     if model.position != "rope":
         yield f"model.rope_scaling.kind={scaling.kind} stretches RoPE, but model.position={model.position}; set kind=none"
     if scaling.kind in ("ntk", "dynamic") and dims < 4:
@@ -219,7 +226,80 @@ def _moe_layers(run):
     moe = run.model.moe
     if moe.num_experts and not any(run.model.moe_layers):
         yield (f"model.moe.num_experts({moe.num_experts}) but no layer is MoE: layer_freq({moe.layer_freq}), "
-               f"first_dense_layers({moe.first_dense_layers}), num_layers({run.model.num_layers})")
+               f"first_dense_layers({moe.first_dense_layers}), dense_layers({moe.dense_layers}), num_layers({run.model.num_layers})")
+
+
+def _dense_layers(run):
+    beyond = [i for i in run.model.moe.dense_layers if i >= run.model.num_layers]
+    if beyond:
+        yield f"model.moe.dense_layers names {beyond}, but the last of num_layers({run.model.num_layers}) is {run.model.num_layers - 1}; leave them out"
+
+
+def _windows(run):
+    model = run.model
+    if model.sliding_window and not any(model.window_layers):
+        yield (f"model.sliding_window({model.sliding_window}) but no layer has it: full_attention_layers({model.full_attention_layers}), "
+               f"sliding_window_freq({model.sliding_window_freq}), num_layers({model.num_layers})")
+
+
+def _qk_norm(run):
+    model = run.model
+    if model.qk_norm and model.qk_norm_width == "all" and model.norm != "rmsnorm":
+        yield f"model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm={model.norm}; set qk_norm_width=head"
+
+
+def _groups(run):
+    moe = run.model.moe
+    if not (moe.num_experts and moe.num_groups):
+        return
+    if moe.num_experts % moe.num_groups:
+        yield (f"model.moe.num_experts({moe.num_experts}) is not divisible by num_groups({moe.num_groups}); "
+               f"legal num_groups: {divisors(moe.num_experts)}")
+        return
+    size = moe.num_experts // moe.num_groups
+    if not 1 <= moe.group_top_k <= moe.num_groups:
+        yield f"model.moe.group_top_k({moe.group_top_k}) must be 1 to num_groups({moe.num_groups})"
+    elif moe.top_k > moe.group_top_k * size:
+        yield (f"model.moe.top_k({moe.top_k}) exceeds the {moe.group_top_k * size} experts of group_top_k({moe.group_top_k}) groups of {size}; "
+               "raise group_top_k or lower top_k")
+    if moe.group_score_top > size:
+        yield f"model.moe.group_score_top({moe.group_score_top}) exceeds the {size} experts of a group; lower it"
+    if moe.balance == "sinkhorn":
+        yield "model.moe.num_groups limits a top-k choice, but balance=sinkhorn makes none; set num_groups=0"
+
+
+def _latent(run):
+    model, mla = run.model, run.model.mla
+    if not model.is_latent:
+        return
+    taken = {f"head_dim({model.head_dim})": model.head_dim > 0, f"num_query_groups({model.num_query_groups})": model.kv_heads != model.num_attention_heads,
+             "qkv_bias": model.qkv_bias, "linear_bias": model.linear_bias, "qk_norm": model.qk_norm,
+             f"query_pre_attn_scalar({model.query_pre_attn_scalar:g})": model.query_pre_attn_scalar > 0,
+             f"rope_percent({model.rope_percent})": model.rope_percent != 1, f"position({model.position})": model.position != "rope",
+             f"sliding_window({model.sliding_window})": model.sliding_window > 0}
+    for name in (name for name, is_set in taken.items() if is_set):
+        yield f"model.{name} has no place in latent attention (model.mla.kv_lora_rank={mla.kv_lora_rank}), which has heads of its own; leave it out"
+
+
+def _local_rope(run):
+    model, kind = run.model, run.model.rope_scaling.kind
+    if not model.rope_local_theta:
+        return
+    if not model.sliding_window or model.position != "rope":
+        yield (f"model.rope_local_theta({model.rope_local_theta:g}) is the base period of layers with a sliding window, but sliding_window is "
+               f"{model.sliding_window} and position={model.position}; set it to 0")
+    if kind in ("yarn", "longrope"):
+        yield f"model.rope_local_theta with rope_scaling.kind={kind}: its factor of cos and sin would reach all layers; set rope_local_theta=0, or another kind"
+
+
+def _torch_only(run):
+    parts = torch_only.reasons(run.model)
+    for name in parts if run.train.backend == "te" else ():
+        yield f"{name} exists for the torch layers alone; set train.backend=torch"
+    if parts and run.train.fp8.recipe != "none":
+        yield f"train.fp8.recipe={run.train.fp8.recipe} needs Transformer Engine, which has no {parts[0]} here; set it to none"
+    if parts and run.parallel.tp_comm_overlap:
+        yield f"parallel.tp_comm_overlap needs Transformer Engine, which has no {parts[0]} here; set it to false"
 
 
 def _sequence_parallel(run):
@@ -263,7 +343,7 @@ def _fp8(run):
 def _fp8_sizes(run):
     """What an FP8 matrix product asks of both of its dims: multiples of 16, of 32 under mxfp8."""
     model, p, train = run.model, run.parallel, run.train
-    if train.fp8.recipe == "none" or model.num_attention_heads % p.tp or (not model.head_dim and model.hidden_size % model.num_attention_heads):
+    if train.fp8.recipe == "none" or model.num_attention_heads % p.tp or not _has_head_size(model):
         return
     multiple, kv = 32 if train.fp8.recipe == "mxfp8" else 16, model.kv_heads * model.head_size
     sizes = {

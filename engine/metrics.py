@@ -65,7 +65,7 @@ def num_parameters(model: Model, seq_len: int = 0) -> Parameters:
         embeddings += (model.max_position or seq_len) * h
     total = active = embeddings + _norm(model, h)
     for is_moe in model.moe_layers:
-        shared = _attention(model) + 2 * _norm(model, h)
+        shared = _attention(model) + (4 if model.norm_place == "both" else 2) * _norm(model, h)
         if not is_moe:
             shared += _mlp(model, model.ffn_hidden_size)
             total, active = total + shared, active + shared
@@ -83,9 +83,22 @@ def _norm(model: Model, width: int) -> int:
 
 
 def _attention(model: Model) -> int:
+    if model.is_latent:
+        return _projections(model) + (model.mla.q_lora_rank + model.mla.kv_lora_rank)      # norms of the latents
     h, q, kv = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     biases = (q + 2 * kv) * (model.qkv_bias or model.linear_bias) + h * model.linear_bias
-    return h * (q + 2 * kv) + q * h + biases + 2 * _norm(model, model.head_size) * model.qk_norm
+    qk_norms = _norm(model, q) + _norm(model, kv) if model.qk_norm_width == "all" else 2 * _norm(model, model.head_size)
+    return _projections(model) + biases + qk_norms * model.qk_norm + model.num_attention_heads * model.attention_sinks
+
+
+def _projections(model: Model) -> int:
+    """Entries of the matrices that make queries, keys, values and the output."""
+    h, heads, mla = model.hidden_size, model.num_attention_heads, model.mla
+    if not model.is_latent:
+        return h * (2 * heads + 2 * model.kv_heads) * model.head_size
+    queries = (h + heads * model.head_size) * mla.q_lora_rank if mla.q_lora_rank else h * heads * model.head_size
+    latent = h * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return queries + latent + heads * mla.v_head_dim * h
 
 
 def _mlp(model: Model, width: int) -> int:
@@ -102,8 +115,8 @@ def flops_per_token(model: Model, seq_len: int, causal: bool = False) -> int:
     causal=True counts the half that the mask leaves, as `num_floating_point_operations` in newer Megatron-LM does.
     A sliding window is not subtracted in either, nor are document boundaries.
     """
-    h, q, kv = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
-    attention = h * (q + 2 * kv) + q * h + 2 * q * seq_len // (2 if causal else 1)      # multiply-adds per token
+    h, both = model.hidden_size, model.num_attention_heads * (model.head_size + model.value_size)
+    attention = _projections(model) + both * seq_len // (2 if causal else 1)      # multiply-adds per token
     matrices = 3 if model.gated else 2
     routed = model.moe.top_k * model.moe_ffn_hidden_size + model.moe.shared_expert_ffn_hidden_size
     layers = sum(attention + matrices * h * (routed if is_moe else model.ffn_hidden_size) for is_moe in model.moe_layers)

@@ -15,8 +15,7 @@ F is scaling.factor. Each kind is computed as transformers' modeling_rope_utils.
     llama3    f, f / F and what lies between, by wavelength (arXiv 2407.21783)
 
 dynamic and longrope depend on the length L in use, which is that of the rows of a micro-batch: transformers takes the longest
-position of the batch, which is the same where rows are full or padded to their longest. Left out: `proportional` and
-frequencies that differ between layers.
+position of the batch, which is the same where rows are full or padded to their longest. Left out: `proportional`.
 """
 
 import math
@@ -58,6 +57,11 @@ def inverse_frequencies(theta: float, dims: int, scaling: RopeScaling, seq_len: 
     return (_llama3(frequencies, scaling) if scaling.kind == "llama3" else frequencies), 1.0
 
 
+def local(model: Model) -> Model:
+    """The model whose RoPE layers with a sliding window have, where model.rope_local_theta gives them one of their own."""
+    return model.model_copy(update={"rope_theta": model.rope_local_theta, "rope_scaling": RopeScaling(), "rope_local_theta": 0.0})
+
+
 def attention_factor(scaling: RopeScaling) -> float:
     """What multiplies cos and sin, and so the attention logits twice; 1 for all kinds but yarn and longrope.
 
@@ -75,6 +79,18 @@ def attention_factor(scaling: RopeScaling) -> float:
     return _yarn_scale(scaling.factor, 1.0)
 
 
+def softmax_scale(model: Model) -> float | None:
+    """What attention logits are multiplied by; None where it is 1 / sqrt(head size).
+
+    Latent attention under yarn stretches them too, by the square of the scale of `mscale_all_dim` (DeepSeek-V2, in the place of a
+    factor of cos and sin, which turn only a part of a head).
+    """
+    scaling = model.rope_scaling
+    if model.is_latent and scaling.kind == "yarn" and scaling.mscale_all_dim:
+        return _yarn_scale(scaling.factor, scaling.mscale_all_dim) ** 2 / math.sqrt(model.head_size)
+    return model.query_pre_attn_scalar ** -0.5 if model.query_pre_attn_scalar else None
+
+
 def ntk_theta(theta: float, dims: int, factor: float) -> float:
     """The base period that stretches the slowest pair by `factor` and leaves the fastest: theta * factor^(d/(d-2))."""
     return theta * factor ** (dims / (dims - 2))
@@ -88,7 +104,7 @@ def contradictions(written: Model, wanted: Model) -> list[str]:
     """
     if "rope" not in (written.position, wanted.position):
         return []
-    pairs = [("model.rope_theta", written.rope_theta, wanted.rope_theta)]
+    pairs = [(f"model.{name}", getattr(written, name), getattr(wanted, name)) for name in ("rope_theta", "rope_local_theta")]
     old, new = written.rope_scaling, wanted.rope_scaling
     if old.kind != new.kind:
         pairs.append(("model.rope_scaling.kind", old.kind, new.kind))

@@ -4,7 +4,8 @@
     python launch/convert.py to-hf CKPT_DIR HF_DIR        a checkpoint -> a folder that transformers loads
     python launch/convert.py to-peft CKPT_DIR PEFT_DIR --base NAME     a checkpoint's adapters -> a folder that PEFT loads
 
-Adapters (lora.*) are merged by to-hf; from-hf takes some along with --adapter PEFT_DIR.
+Which families there are, and what of them is refused: docs/models.md. A reward model is transformers' ...ForSequenceClassification with one
+label, both ways. Adapters (lora.*) are merged by to-hf; from-hf takes some along with --adapter PEFT_DIR.
 
 The result is written under another name, the engine's logits are compared with transformers' on a few prompts (fp32, one CPU
 process), and only then does it get its name; above the tolerance it stays as NAME.failed. One process converts; memory must hold
@@ -25,6 +26,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("source", metavar="HF_DIR", type=Path, help="folder with config.json and safetensors")
     from_hf.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
+    from_hf.add_argument("--drop-mtp", action="store_true",
+                         help="leave out modules that predict further tokens (DeepSeek-V3), which the engine does not train")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
     to_hf.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write; must not exist")
@@ -54,15 +57,15 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     """HF_DIR -> the checkpoint `draft`; returns the verdict of the comparison."""
     from engine.hf import FAMILIES
     from engine.hf.convert import run_of
-    from engine.hf.load import open_hf
+    from engine.hf.load import mtp_prefixes, open_hf
 
-    hf, tensors = open_hf(args.source)
+    hf, tensors = open_hf(args.source, args.drop_mtp)
     run, adapters = run_of(hf, tensors, args.source, args.target), {}
     if args.adapter:
         run, adapters = with_adapter(run, args.adapter)
     checkpoint = engine_checkpoints()
     checkpoint.write_tensors(draft, run, dict(FAMILIES[run.model.family].from_hf(run.model, tensors)) | adapters)
-    return compare(run, checkpoint.read_tensors(draft), args.source, args.tolerance, args.adapter)
+    return compare(run, checkpoint.read_tensors(draft), args.source, args.tolerance, args.adapter, mtp_prefixes(hf))
 
 
 def to_hf(args: argparse.Namespace, draft: Path) -> str:
@@ -117,15 +120,16 @@ def engine_checkpoints():
     return checkpoint
 
 
-def compare(run, tensors, folder: Path, tolerance: float, adapter: Path | None = None) -> str:
-    """The engine's logits against those of transformers on `folder`, with PEFT's adapter in the folder `adapter` if there is one."""
+def compare(run, tensors, folder: Path, tolerance: float, adapter: Path | None = None, without: tuple[str, ...] = ()) -> str:
+    """The engine's logits against those of transformers on `folder`, with PEFT's adapter in the folder `adapter` if there is one.
+    without: beginnings of names in the folder that neither of them loads."""
     from engine.hf.convert import in_fp32
     from engine.hf.peft import peft_logits
     from engine.hf.verify import agreement, prompts, transformers_logits
     from engine.mcore.build import single_rank_logits
 
     tokens = prompts(run.model)
-    theirs = peft_logits(folder, adapter, tokens) if adapter else transformers_logits(folder, tokens)
+    theirs = peft_logits(folder, adapter, tokens) if adapter else transformers_logits(folder, tokens, without)
     return agreement(single_rank_logits(in_fp32(run), tensors, tokens), theirs, tolerance)
 
 

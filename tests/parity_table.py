@@ -21,15 +21,30 @@ DENSE = dict(family="llama", num_layers=4, hidden_size=64, ffn_hidden_size=96, n
 MOE = {**DENSE, "family": "mixtral", "moe": dict(num_experts=4, top_k=2, balance="aux_loss", aux_loss_coeff=0.01, z_loss_coeff=1e-3,
                                                 shared_expert_ffn_hidden_size=32)}
 GPT2 = dict(family="gpt2", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB, max_position=SEQ)
+LATENT = dict(family="deepseek_v3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB,
+              mla=dict(q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12))
+GEMMA = dict(family="gemma3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=VOCAB,
+             sliding_window=24, sliding_window_freq=2, rope_local_theta=100.0, query_pre_attn_scalar=5, attention_softcap=2.0, logits_softcap=3.0,
+             init_std=0.2)  # what is normalised behind a sublayer is then not so small that its rounding becomes large
+GPT_OSS = dict(family="gpt_oss", num_layers=4, hidden_size=64, ffn_hidden_size=48, num_attention_heads=8, num_query_groups=4, head_dim=8,
+               vocab_size=VOCAB, sliding_window=24, swiglu_limit=0.5, rope_scaling=dict(kind="none"),
+               moe=dict(num_experts=4, top_k=2, balance="aux_loss"))
 MODELS = {
     "dense": DENSE,
     "tied": {**DENSE, "tie_embeddings": True, "qkv_bias": True},
     "window": {**DENSE, "sliding_window": 24, "sliding_window_freq": 2},
+    "post": {**DENSE, "norm_place": "post", "qk_norm_width": "all"},
     "gpt2": GPT2,
     "moe": MOE,
     "moe-seq": {**MOE, "moe": {**MOE["moe"], "balance": "seq_aux_loss"}},
     "moe-global": {**MOE, "moe": {**MOE["moe"], "balance": "global_aux_loss"}},
     "moe-bias": {**MOE, "moe": {**MOE["moe"], "balance": "aux_free", "score": "sigmoid"}},
+    "gemma": GEMMA,
+    "moe-sinks": GPT_OSS,
+    "latent": LATENT,
+    "latent-moe": {**LATENT, "moe": dict(num_experts=8, top_k=3, ffn_hidden_size=48, shared_expert_ffn_hidden_size=32, first_dense_layers=1,
+                                         num_groups=4, group_top_k=2, scaling_factor=2.5)},
+    "moe-both": {**MOE, "norm_place": "both", "moe": {**MOE["moe"], "dense_layers": [2]}},
     "moe-mixed": {**MOE, "moe": {**MOE["moe"], "first_dense_layers": 1, "ffn_hidden_size": 48}},
 }
 
@@ -71,10 +86,13 @@ CASES = [
     case("tied", 2, tp=2, **SP),
     case("tied", 2, pp=2),
     case("window", 2, cp=2),
+    case("post", 2, tp=2, **SP, recompute="full"),
+    case("post", 2, tp=2, zero1=True),
     case("gpt2", 2, tp=2, **SP),
     case("gpt2", 2, pp=2),
     case("gpt2", 2, cp=2),
     case("dense", 4, tp=2, **SP, pp=2),
+    case("post", 4, tp=2, **SP, pp=2, vpp=2, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
     case("dense", 4, tp=2, **SP, cp=2),
     case("dense", 4, tp=4, **SP),
     case("dense", 4, pp=4),
@@ -101,6 +119,11 @@ CASES = [
     case("moe-bias", 2, cp=2),
     case("moe-mixed", 2, pp=2),
     case("moe-mixed", 2, ep=2),
+    case("gemma", 1, recompute="full"),
+    case("gemma", 2, tp=2, **SP, recompute="selective"),
+    case("moe-sinks", 2, tp=2, **SP, etp=1, ep=2),
+    case("latent", 2, tp=2),
+    case("latent-moe", 2, tp=2, **SP, etp=1, ep=2),
     case("moe", 4, ep=2, pp=2, vpp=2),
     case("moe", 4, ep=4, zero1=True),
     case("moe", 4, tp=2, **SP, etp=1, ep=2, pp=2),

@@ -22,6 +22,11 @@ RAW = {
 }
 MOE = {"model": {"family": "mixtral", "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}}}
 GPT2 = {"model": {"family": "gpt2", "num_query_groups": 0, "max_position": SEQ}}
+LATENT = {"model": {"family": "deepseek_v3", "num_query_groups": 0,
+                    "mla": {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
+                    "moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 24, "shared_expert_ffn_hidden_size": 24, "first_dense_layers": 1,
+                            "num_groups": 4, "group_top_k": 2}}}
+GEMMA2 = {"model": {"family": "gemma2", "head_dim": 10, "query_pre_attn_scalar": 7, "attention_softcap": 2.0, "logits_softcap": 3.0, "sliding_window": 6}}
 SP = {"sequence_parallel": True}
 RANDOM = dict(max_new_tokens=NEW, temperature=0.8, seed=3)
 
@@ -80,11 +85,24 @@ MODELS = {
     "gpt2": GPT2,
     "mixtral": MOE,
     "window": merged(MOE, {"model": {"sliding_window": 6}}),
+    "deepseek_v3": LATENT,
+    "gemma2": GEMMA2,
+    "gemma3": {"model": {**GEMMA2["model"], "family": "gemma3", "qk_norm": True, "attention_softcap": 0.0, "rope_local_theta": 100.0,
+                         "sliding_window_freq": 2}},
+    "gpt_oss": {"model": {"family": "gpt_oss", "sliding_window": 6, "rope_scaling": {"kind": "none"}, "head_dim": 8, "num_query_groups": 2,
+                          "moe": {"num_experts": 4, "top_k": 2}}},
+    "mistral": {"model": {"family": "mistral", "sliding_window": 6, "head_dim": 10}},
+    "qwen2": {"model": {"family": "qwen2", "sliding_window": 6, "full_attention_layers": 2}},
+    "qwen3": {"model": {"family": "qwen3", "head_dim": 6}},
+    "qwen3 moe": {"model": {"family": "qwen3_moe", "moe": {**MOE["model"]["moe"], "softmax_after_top_k": False, "dense_layers": [1]}}},
+    "phi3": {"model": {"family": "phi3", "rope_percent": 0.75}},
+    "phi3 longrope": {"model": {"family": "phi3", "max_position": SEQ, "rope_scaling": {**SCALINGS["longrope"], "original_max_position": 32}}},
+    "olmo2": {"model": {"family": "olmo2"}},
     **{kind: {"model": {"rope_scaling": scaling, "max_position": SEQ}} for kind, scaling in SCALINGS.items()},
 }
 
 
-def against_transformers(folder, num_new):
+def against_transformers(folder):
     """On a rank: for each model and penalty (ours, transformers') greedy answers of prompts of several lengths, ours in one batch with
     caches that grow."""
     import torch
@@ -101,10 +119,13 @@ def against_transformers(folder, num_new):
     found = {}
     for name, change in MODELS.items():
         model = build(merged(RAW, change))
-        own = {name: value.detach() for name, value in builder.bare(model.chunks[0]).named_parameters()}
+        network = builder.bare(model.chunks[0])
+        own = {name: value.detach() for name, value in network.named_parameters()}
+        own |= {name: value.copy_(torch.linspace(-0.1, 0.1, len(value))) for name, value in network.named_buffers() if name.endswith("expert_bias")}
         export(model.run, own, f"{folder}/{name}", "fp32")
         network = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype=torch.float32)
         for penalty in (1.0, 1.7) if name == "llama" else (1.0,):
+            num_new = 30 if "rope_scaling" in change.get("model", {}) else NEW
             ours = model.generate(prompts(), Sampling(num_new, temperature=0.0, repetition_penalty=penalty))
             found[name, penalty] = ([answer.tokens for answer in ours],
                                     [theirs(network, prompt, num_new, repetition_penalty=penalty) for prompt in prompts()])
@@ -115,7 +136,7 @@ def against_transformers(folder, num_new):
 
 @pytest.fixture(scope="module")
 def greedy_answers(tmp_path_factory):
-    return ranks.run(1, against_transformers, str(tmp_path_factory.mktemp("hf")), 30)[0]
+    return ranks.run(1, against_transformers, str(tmp_path_factory.mktemp("hf")))[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -161,12 +182,15 @@ def on_one_rank(change, num):
     ({}, {}, 2, [0, 7]),
     ({}, {"tp": 2, **SP}, 2, [7]),
     ({"model": {"tie_embeddings": True}}, {"tp": 2}, 2, [7]),
+    ({"model": {"family": "olmo2"}}, {"tp": 2, **SP}, 2, [7]),
     ({}, {"pp": 2}, 2, [7]),
     ({"model": {"tie_embeddings": True}}, {"pp": 2, "vpp": 2}, 2, [7]),
     ({}, {"cp": 2}, 2, [7]),
     ({}, {"cp": 2}, 2, [1]),
     (GPT2, {"tp": 2, **SP}, 2, [3]),
     ({"model": {"sliding_window": 6}}, {"cp": 2}, 2, [7]),
+    (LATENT, {"tp": 2, **SP, "etp": 1, "ep": 2}, 2, [7]),
+    (GEMMA2, {"tp": 2}, 2, [5]),
     (MOE, {"ep": 2}, 2, [5, 2]),
     (MOE, {"ep": 2}, 2, [0, 7]),
     (MOE, {"cp": 2, "ep": 2}, 2, [3]),

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.config import RunConfig, dump_config
 from engine.data.chat import source_of
 from engine.hf import FAMILIES
-from engine.hf.fields import HFError, dtype_keys
+from engine.hf.fields import HFError, dtype_keys, head_of
 from engine.hf.load import INDEX, WEIGHTS, read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,17 +47,20 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
         raise HFError(f"model.family={run.model.family} has no Hugging Face form here; these have: {', '.join(FAMILIES)}")
     family, model = FAMILIES[run.model.family], full_model(run)
     hf = family.hf_config(model, run.train.seq_len)  # refuses before anything is written
+    if head_of(hf) != model.head:
+        raise HFError(f"model.head={model.head} has no Hugging Face form in family {model.family}")
     source = _tokenizer_source(run, tokenizer_dir)
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
     try:
-        kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes)
+        kept = write_weights(part, family.to_hf(model, tensors), DTYPES[dtype] if dtype else None, shard_bytes, getattr(family, "IN_FP32", ()))
         copy_tokenizer(part, source, run.data.eod_id)
         if run.chat.template:  # the one the model was trained with, over the tokenizer's own
             (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")
         ids = special_ids(part, run.data.eod_id)
         write_json(part / "config.json", hf | dtype_keys(kept) | ids)
-        write_json(part / "generation_config.json", ids)
+        if model.head == "tokens":
+            write_json(part / "generation_config.json", ids)
         write_card(part, run, out.name, tokens_trained, verification)
         part.replace(out)
     except BaseException:
@@ -71,12 +74,17 @@ def full_model(run: RunConfig):
     return run.model.model_copy(update={"max_position": run.model.max_position or run.train.seq_len})
 
 
-def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: float) -> str:
-    """Write (name, tensor) in order as model.safetensors, or as shards with an index; return the first tensor's dtype by name."""
+def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: float,
+                  in_fp32: tuple[str, ...] = ()) -> str:
+    """Write (name, tensor) in order as model.safetensors, or as shards with an index; return the first tensor's dtype by name.
+
+    in_fp32: ends of names whose tensors keep fp32 whatever dtype the others take.
+    """
     shards, shard, size, total, first = [], {}, 0, 0, None
     for name, tensor in tensors:
         # A copy: safetensors refuses tensors that share storage, and gate and up are two halves of one.
-        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        own = tensor.dtype if in_fp32 and name.endswith(in_fp32) else dtype or tensor.dtype
+        tensor = tensor.detach().to(device="cpu", dtype=own, copy=True).contiguous()
         first = first or tensor.dtype
         bytes_ = tensor.numel() * tensor.element_size()
         if shard and size + bytes_ > shard_bytes:
@@ -180,10 +188,12 @@ def write_card(folder: Path, run: RunConfig, title: str, tokens_trained: int = 0
         "tokens trained": f"{tokens_trained:,}" if tokens_trained else "",
         "conversion": verification or "logits not compared",
     }
+    task, loader = (("text-classification", "AutoModelForSequenceClassification") if model.head == "scalar" else
+                    ("text-generation", "AutoModelForCausalLM"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     (folder / "README.md").write_text(f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 # {title}
 
@@ -194,9 +204,9 @@ Trained with Trireme, exported to Hugging Face format.
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+model = {loader}.from_pretrained("path/of/this/folder")
 ```
 
 ## Configuration

@@ -6,13 +6,11 @@ linear_bias (everything). What does not coincide becomes a zero bias on the side
 Left out, and refused: q/k norms and sliding windows (other HF architectures), partial rotation, NoPE, mixtures of experts.
 """
 
-from typing import Any, Callable, Iterator, Mapping
-
-from torch import Tensor
+from typing import Any, Callable, Mapping
 
 from engine.config import Model
 from engine.hf import names
-from engine.hf.fields import dtype_keys, need, refuse, rope_fields, rope_keys, to_model
+from engine.hf.fields import differing, dtype_keys, head_of, named, need, refuse, rope_fields, rope_keys, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
@@ -31,12 +29,10 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     refuse(inexpressible(model) | {
         f"transformers wants hidden_size({model.hidden_size}) divisible by num_attention_heads({model.num_attention_heads})":
             model.hidden_size % model.num_attention_heads != 0,
-        f"model.moe.num_experts={model.moe.num_experts}": model.moe.num_experts > 0,
         f"model.sliding_window={model.sliding_window}": model.sliding_window > 0,
-    }, f"{ARCHITECTURE} cannot express this model")
+    } | has_experts(model), f"{ARCHITECTURE} cannot express this model")
     return common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
         "attention_bias": model.qkv_bias or model.linear_bias,
         "mlp_bias": model.linear_bias,
@@ -57,17 +53,10 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def pairs(model: Model) -> list[Pair]:
     """The tensors of LlamaForCausalLM, in model order."""
-    return trunk(model, _mlp)
+    return trunk(model, mlp)
 
 
-def to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Engine tensors -> HF (name, tensor)."""
-    return names.to_hf(pairs(model), tensors)
-
-
-def from_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors -> engine (name, tensor)."""
-    return names.from_hf(pairs(model), tensors)
+to_hf, from_hf = names.ways(pairs)
 
 
 def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
@@ -87,15 +76,29 @@ def canonical(name: str) -> str:
 # --- shared with the families that are Llama but for one part ---
 
 
-def inexpressible(model: Model) -> dict[str, bool]:
-    """What no Llama-shaped HF architecture has, as problems for `refuse`."""
+def inexpressible(model: Model, qk_norm: bool = False, **fixed) -> dict[str, bool]:
+    """What a Llama-shaped HF architecture does not have, as problems for `refuse`. qk_norm, fixed: fields of Model that it has other values of
+    (fields.differing)."""
+    fixed = {"rope_percent": 1.0, "qk_norm": qk_norm, **({"qk_norm_width": "head"} if qk_norm else {}), **fixed}
     return {
         f"model.norm={model.norm}": model.norm != "rmsnorm",
-        f"model.activation={model.activation}": model.activation not in ACTIVATIONS,
+        f"model.activation={model.activation}": model.activation not in ACTIVATIONS and "activation" not in fixed,
         f"model.position={model.position}": model.position != "rope",
-        f"model.rope_percent={model.rope_percent}": model.rope_percent != 1.0,
-        "model.qk_norm=true": model.qk_norm,
-    }
+    } | differing(model, **fixed)
+
+
+def has_experts(model: Model) -> dict[str, bool]:
+    return {f"model.moe.num_experts={model.moe.num_experts}": model.moe.num_experts > 0}
+
+
+def has_biases(model: Model) -> dict[str, bool]:
+    return {"model.linear_bias=true": model.linear_bias, "model.qkv_bias=true": model.qkv_bias}
+
+
+def windows_differ(model: Model) -> dict[str, bool]:
+    """Of an architecture whose layers all see the same."""
+    return {f"some layers have a sliding window and others none (model.sliding_window_freq={model.sliding_window_freq}, "
+            f"full_attention_layers={model.full_attention_layers})": model.sliding_window > 0 and not all(model.window_layers)}
 
 
 def common_config(model: Model, seq_len: int, dtype: str) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def common_config(model: Model, seq_len: int, dtype: str) -> dict[str, Any]:
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_size,
-        "hidden_act": ACTIVATIONS[model.activation],
+        "hidden_act": ACTIVATIONS.get(model.activation),
         "max_position_embeddings": model.max_position or seq_len,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
@@ -119,7 +122,12 @@ def common_config(model: Model, seq_len: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def common_fields(hf: Mapping[str, Any], rms_norm_eps: float, rope_theta: float) -> dict[str, Any]:
+def attention_bias(hf: Mapping[str, Any]) -> dict[str, bool]:
+    """Of a family whose MLPs take no bias: the engine has one on q, k and v, or on everything."""
+    return {"attention_bias=true (on q, k, v and o, but not in MLPs) is not supported": bool(hf.get("attention_bias"))}
+
+
+def common_fields(hf: Mapping[str, Any], rms_norm_eps: float, rope_theta: float, has_partial_rope: bool = False) -> dict[str, Any]:
     """The keys of config.Model that the Llama-shaped architectures share; the numbers are transformers' defaults."""
     vocab, hidden, ffn, layers, heads = need(hf, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                              "num_attention_heads")
@@ -132,7 +140,7 @@ def common_fields(hf: Mapping[str, Any], rms_norm_eps: float, rope_theta: float)
         "head_dim": 0 if head_dim * heads == hidden else head_dim,
         "norm": "rmsnorm", "norm_eps": hf.get("rms_norm_eps", rms_norm_eps),
         "activation": HF_ACTIVATIONS[activation],
-        "position": "rope", **rope_fields(hf, rope_theta),
+        "head": head_of(hf), "position": "rope", **rope_fields(hf, rope_theta, has_partial_rope),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "attention_dropout": hf.get("attention_dropout") or 0.0,
         "init_std": hf.get("initializer_range", 0.02),
@@ -144,25 +152,28 @@ def groups(hf: Mapping[str, Any], kv_heads: int | None) -> int:
     return 0 if kv_heads in (None, hf["num_attention_heads"]) else kv_heads
 
 
-def trunk(model: Model, mlp: Callable[[Model, str, str], list[Pair]]) -> list[Pair]:
-    """A Llama whose MLPs are those of `mlp(model, engine prefix, HF prefix)`."""
-    h = model.hidden_size
+PRE_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+
+Part = Callable[[Model, str, str], list[Pair]]
+
+
+def trunk(model: Model, mlp: Part, experts: Part | None = None, attention: Part | None = None, norms: Mapping[str, str] = PRE_NORMS) -> list[Pair]:
+    """A Llama with parts of its own, each a function of (model, engine prefix, HF prefix). norms: engine name -> HF name within a layer."""
+    h, attention = model.hidden_size, attention or llama_attention
     found = [names.vocabulary("embedding.word_embeddings.weight", EMBEDDING, model)]
     for i in range(model.num_layers):
         engine, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
         found += [
-            names.same(engine + "input_layernorm.weight", hf + "input_layernorm.weight", h),
-            *_attention(model, engine + "self_attention.", hf + "self_attn."),
-            names.same(engine + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", h),
-            *mlp(model, engine + "mlp.", hf),
+            *(names.same(f"{engine}{ours}.weight", f"{hf}{theirs}.weight", h) for ours, theirs in norms.items()),
+            *attention(model, engine + "self_attention.", hf + "self_attn."),
+            *(experts if model.moe_layers[i] else mlp)(model, engine + "mlp.", hf),
         ]
     found.append(names.same("decoder.final_layernorm.weight", "model.norm.weight", h))
-    if not model.tie_embeddings:
-        found.append(names.vocabulary("output_layer.weight", "lm_head.weight", model))
-    return found
+    return found + names.head(model)
 
 
-def _attention(model: Model, engine: str, hf: str) -> list[Pair]:
+def llama_attention(model: Model, engine: str, hf: str, has_output_bias: bool = True) -> list[Pair]:
+    """q, k, v and o, with biases and norms where the model has them. has_output_bias: may o have one where q, k and v do?"""
     h, width = model.hidden_size, model.num_attention_heads * model.head_size
     parts = [hf + "q_proj.", hf + "k_proj.", hf + "v_proj."]
     found = [names.qkv(engine + "linear_qkv.weight", [p + "weight" for p in parts], model, h),
@@ -171,12 +182,20 @@ def _attention(model: Model, engine: str, hf: str) -> list[Pair]:
         found.append(names.qkv(engine + "linear_qkv.bias", [p + "bias" for p in parts], model, is_optional=True))
     if model.linear_bias:
         found.append(names.same(engine + "linear_proj.bias", hf + "o_proj.bias", h, is_optional=True))
-    elif model.qkv_bias:
+    elif model.qkv_bias and has_output_bias:
         found.append(names.must_be_zero(hf + "o_proj.bias", h))
-    return found
+    return found + qk_norms(model, engine, hf)
 
 
-def _mlp(model: Model, engine: str, layer: str) -> list[Pair]:
+def qk_norms(model: Model, engine: str, hf: str) -> list[Pair]:
+    if not model.qk_norm:
+        return []
+    heads = {"q": model.num_attention_heads, "k": model.kv_heads}
+    return [names.same(f"{engine}{part}_layernorm.weight", f"{hf}{part}_norm.weight",
+                       model.head_size * (num if model.qk_norm_width == "all" else 1)) for part, num in heads.items()]
+
+
+def mlp(model: Model, engine: str, layer: str) -> list[Pair]:
     h, ffn, hf = model.hidden_size, model.ffn_hidden_size, layer + "mlp."
     gate_up = [hf + "gate_proj.", hf + "up_proj."]
     found = [names.stacked(engine + "linear_fc1.weight", [p + "weight" for p in gate_up], ffn, h),

@@ -6,13 +6,11 @@ token; an engine model that routes otherwise is refused, except for a capacity, 
 Left out, and refused: biases, shared experts, dense layers among the sparse, sigmoid scores, Sinkhorn, one expert per token.
 """
 
-from typing import Any, Iterator, Mapping
-
-from torch import Tensor
+from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "MixtralForCausalLM", "mixtral"
@@ -26,11 +24,8 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     Raises HFError where MixtralForCausalLM cannot express the model.
     """
     moe = model.moe
-    refuse(llama.inexpressible(model) | {
-        "model.linear_bias=true": model.linear_bias,
-        "model.qkv_bias=true": model.qkv_bias,
-        f"model.sliding_window_freq={model.sliding_window_freq}": model.sliding_window > 0 and model.sliding_window_freq != 1,
-        f"some layers are dense (model.moe.layer_freq={moe.layer_freq}, first_dense_layers={moe.first_dense_layers})":
+    refuse(llama.inexpressible(model) | llama.has_biases(model) | llama.windows_differ(model) | {
+        f"some layers are dense (model.moe.layer_freq={moe.layer_freq}, first_dense_layers={moe.first_dense_layers}, dense_layers={moe.dense_layers})":
             not all(model.moe_layers),
         f"model.moe.shared_expert_ffn_hidden_size={moe.shared_expert_ffn_hidden_size}": moe.shared_expert_ffn_hidden_size > 0,
         f"model.moe.score={moe.score}": moe.score != "softmax",
@@ -40,8 +35,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.moe.scaling_factor={moe.scaling_factor}": moe.scaling_factor not in (0.0, 1.0),
     }, f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.moe_ffn_hidden_size,
         "sliding_window": model.sliding_window or None,
         "num_local_experts": moe.num_experts,
@@ -69,27 +63,16 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def pairs(model: Model) -> list[Pair]:
     """The tensors of MixtralForCausalLM, in model order."""
-    return llama.trunk(model, _experts)
+    return llama.trunk(model, llama.mlp, _experts)
 
 
-def to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Engine tensors -> HF (name, tensor)."""
-    return names.to_hf(pairs(model), tensors)
-
-
-def from_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors -> engine (name, tensor)."""
-    return names.from_hf(pairs(model), tensors)
+to_hf, from_hf = names.ways(pairs)
+canonical = llama.canonical
 
 
 def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
     """The tensors that a folder with this config.json must hold: HF name -> shape."""
     return names.hf_shapes(pairs(to_model(model_fields(hf))))
-
-
-def canonical(name: str) -> str:
-    """The name as transformers writes it today; empty for a stored buffer that is no weight."""
-    return llama.canonical(name)
 
 
 def _experts(model: Model, engine: str, layer: str) -> list[Pair]:

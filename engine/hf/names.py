@@ -3,9 +3,11 @@
 A Pair ties one engine tensor to the HF tensors with its numbers. Its `join` makes the engine tensor from them, its `split` undoes
 that, bit by bit. `from_hf` and `to_hf` walk a list of Pairs in model order and read every tensor once, when its turn comes, so a
 lazy mapping never holds a whole model. Engine names and shapes are those of a megatron GPTModel.state_dict() at tp = pp = ep = 1.
+An HF tensor that stacks the experts of a layer is tied part by part, under names of slice_of.
 Left out: parallel shards (the checkpoint reader has put them together) and changes of dtype (export's affair).
 """
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from engine.config import Model
 from engine.hf.fields import HFError
 
 Shape = tuple[int, ...]
+_SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,23 @@ def vocabulary(engine: str, hf: str, model: Model) -> Pair:
                 lambda t: (t[: model.vocab_size],))
 
 
+def head(model: Model) -> list[Pair]:
+    """What stands on the last layer: the output matrix, unless it is the embedding's, or the row vector of a reward."""
+    if model.head == "scalar":
+        return [same("value_head.weight", "score.weight", 1, model.hidden_size)]
+    return [] if model.tie_embeddings else [vocabulary("output_layer.weight", "lm_head.weight", model)]
+
+
 def qkv(engine: str, hf: Sequence[str], model: Model, *cols: int, is_optional: bool = False) -> Pair:
     """HF's q, k and v as one engine tensor, group by group; cols is (h,) for weights and () for biases."""
     q_rows, kv_rows = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     shapes = [(q_rows, *cols), (kv_rows, *cols), (kv_rows, *cols)]
     return Pair(engine, dict(zip(hf, shapes)), partial(fuse_qkv, model), partial(split_qkv, model), is_optional)
+
+
+def slice_of(hf: str, index: int, count: int) -> str:
+    """Name, in Pair.hf, of one of the `count` parts that an HF tensor stacks along a first dim of its own (the experts of a layer)."""
+    return f"{hf}[{index}/{count}]"
 
 
 def must_be_zero(hf: str, *shape: int) -> Pair:
@@ -97,12 +112,17 @@ def split_qkv(model: Model, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def hf_shapes(pairs: Sequence[Pair]) -> dict[str, Shape]:
     """HF names with their shapes, in model order."""
-    return {name: shape for pair in pairs for name, shape in pair.hf.items()}
+    shapes = {}
+    for pair in pairs:
+        for name, shape in pair.hf.items():
+            whole, _, count = _parsed(name)
+            shapes[whole] = (count, *shape) if count else shape
+    return shapes
 
 
 def from_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Engine (name, tensor) in model order. Raises HFError for a missing tensor or a wrong shape."""
-    dtype = torch.float32
+    dtype, tensors = torch.float32, _Sliced(tensors)
     for pair in pairs:
         if pair.is_optional and not any(name in tensors for name in pair.hf):
             # The HF model has no such bias; a zero one computes the same. It takes the dtype of its neighbours.
@@ -121,14 +141,60 @@ def to_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tupl
     homeless = sorted(name for name in set(tensors) - {pair.engine for pair in pairs} if not name.endswith("_extra_state"))
     if homeless:
         raise HFError(f"the checkpoint holds {some(homeless)}, for which the HF architecture has no place")
-    dtype = torch.float32
+    dtype, stacks = torch.float32, {}
     for pair in pairs:
         if not pair.engine:
             yield from ((name, torch.zeros(shape, dtype=dtype)) for name, shape in pair.hf.items())
             continue
         tensor = _checked(tensors, pair.engine, pair.engine_shape)
         dtype = tensor.dtype
-        yield from zip(pair.hf, pair.split(tensor))
+        for name, part in zip(pair.hf, pair.split(tensor)):
+            whole, _, count = _parsed(name)
+            if not count:
+                yield name, part
+                continue
+            stacks.setdefault(whole, []).append(part)
+            if len(stacks[whole]) == count:
+                yield whole, torch.stack(stacks.pop(whole))
+
+
+def ways(pairs: Callable[[Model], list[Pair]]):
+    """(to_hf, from_hf) of a family whose tensors are pairs(model): functions of (model, tensors) that walk them."""
+    def engine_to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Engine tensors -> HF (name, tensor)."""
+        return to_hf(pairs(model), tensors)
+
+    def hf_to_engine(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors -> engine (name, tensor)."""
+        return from_hf(pairs(model), tensors)
+
+    return engine_to_hf, hf_to_engine
+
+
+class _Sliced:
+    """`tensors` in which a name of slice_of can be looked up too; the last stacked tensor is kept."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors, self._last = tensors, (None, None)
+
+    def __contains__(self, name: str) -> bool:
+        return _parsed(name)[0] in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole, index, count = _parsed(name)
+        if not count:
+            return self._tensors[name]
+        if self._last[0] != whole:
+            self._last = whole, self._tensors[whole]
+        if self._last[1].shape[0] != count:
+            raise HFError(f"tensor {whole} stacks {self._last[1].shape[0]} parts, but the configuration makes it {count}")
+        return self._last[1][index]
+
+
+def _parsed(name: str) -> tuple[str, int, int]:
+    """(the HF tensor's name, index, count) of a name of slice_of; count 0 for any other."""
+    found = _SLICE.fullmatch(name)
+    return (found[1], int(found[2]), int(found[3])) if found else (name, 0, 0)
 
 
 def some(words: Sequence[str], limit: int = 4) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Model
-from engine.hf.fields import HFError
+from engine.hf.fields import HFError, head_of
+from engine.hf.load import read_json
 
 TOLERANCE = 1e-4
 
@@ -24,22 +25,25 @@ def prompts(model: Model, num_prompts: int = 4, num_tokens: int = 48) -> Tensor:
     return torch.randint(model.vocab_size, (num_prompts, length), generator=torch.Generator().manual_seed(0))
 
 
-def transformers_logits(folder: str | Path, tokens: Tensor) -> Tensor:
-    """Logits [b, s, vocab] in fp32 of the model in `folder`, by transformers; no code from the folder is run.
+def transformers_logits(folder: str | Path, tokens: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+    """Logits [b, s, vocab] in fp32 of the model in `folder`, by transformers; of a classifier its number at each token, [b, s, 1].
 
-    Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
+    without: beginnings of names that the folder may hold although transformers does not load them.
+    No code from the folder is run. Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     except ImportError as error:
         raise HFError(f"comparing logits needs transformers ({error}); install it: pip install transformers") from None
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-                                                       output_loading_info=True)
+    is_classifier = head_of(read_json(Path(folder) / "config.json")) == "scalar"
+    loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True)
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not (without and name.startswith(without))]
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise HFError(f"transformers does not load {folder} cleanly: {wrong}")
     with torch.no_grad():
-        return model.eval()(tokens).logits.float()
+        return (model.eval().score(model.base_model(tokens).last_hidden_state) if is_classifier else model.eval()(tokens).logits).float()
 
 
 def agreement(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE, who: str = "engine and transformers") -> str:

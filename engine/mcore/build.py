@@ -27,8 +27,11 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from engine import adapters
 from engine.mcore import lora, rotary, te_problem, tune
+from engine.mcore.group_limit import limit_groups
 from engine.mcore.linear_ce import OutputLayer
 from engine.mcore.quantized import plain_parameters
+from engine.rope import softmax_scale
+from engine.torch_only import reasons
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GELU = functools.partial(F.gelu, approximate="tanh")
@@ -40,7 +43,8 @@ def backend_of(run, device: str) -> str:
 
     Raises ValueError when te is asked for and cannot be had, with the reason.
     """
-    if run.train.backend == "torch" or run.lora.rank:  # adapters sit on its layers; engine/adapters.py refuses te by name
+    # Adapters and some parts of models exist for its layers alone; engine/adapters.py and engine/checks.py refuse te by name.
+    if run.train.backend == "torch" or run.lora.rank or reasons(run.model):
         return "torch"
     problem = "there is no GPU" if device == "cpu" else te_problem
     if run.train.backend == "te" and problem:
@@ -55,7 +59,7 @@ def backend_of(run, device: str) -> str:
 def transformer_config(run, device: str) -> TransformerConfig:
     """megatron's TransformerConfig for this run on this device."""
     model, p, train = run.model, run.parallel, run.train
-    on_te = backend_of(run, device) == "te"
+    on_te, is_clamped = backend_of(run, device) == "te", model.activation == "clamped_swiglu"
     dtype = DTYPES[train.precision]
     # FP8 parameters record the largest value they are given, so what they hold before init_weights must be finite.
     init = torch.nn.init.zeros_ if train.fp8.params else _leave
@@ -68,13 +72,17 @@ def transformer_config(run, device: str) -> TransformerConfig:
         kv_channels=model.head_size,
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
         layernorm_epsilon=model.norm_eps,
-        activation_func=ACTIVATIONS[model.activation],
+        activation_func=functools.partial(_sigmoid_gate, model.swiglu_alpha) if is_clamped else ACTIVATIONS[model.activation],
+        activation_func_clamp_value=model.swiglu_limit if is_clamped else None,
+        glu_linear_offset=1.0 if is_clamped else 0.0,
         gated_linear_unit=model.gated,
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
-        qk_layernorm=model.qk_norm,
+        qk_layernorm=model.qk_norm and model.qk_norm_width == "head",  # norms.py has the others: megatron sums gradients of these over tp
+        softmax_scale=softmax_scale(model),
+        layernorm_zero_centered_gamma=model.norm_zero_centered,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
-        window_attn_skip_freq=model.sliding_window_freq if model.sliding_window and model.sliding_window_freq > 1 else None,
+        window_attn_skip_freq=None if not model.sliding_window or all(model.window_layers) else [int(flag) for flag in model.window_layers],
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         # init_weights fills the parameters; megatron still has to run its own init, which marks them as split over tp.
@@ -115,6 +123,11 @@ def transformer_config(run, device: str) -> TransformerConfig:
         **_experts(run, on_te),
         **_fp8(train.fp8),
     )
+
+
+def _sigmoid_gate(alpha: float, x):
+    """What gpt-oss's gate g becomes: min(g, limit) * sigmoid(alpha min(g, limit)); times clamp(u, -limit, limit) + 1, which megatron does."""
+    return x * torch.sigmoid(alpha * x)
 
 
 def _leave(tensor):
@@ -185,6 +198,7 @@ class Network(GPTModel):
             self.value_head = ValueHead(self.config)
             return
         self.output_layer.__class__ = OutputLayer  # megatron has no spec for this layer; its parameters and state stay
+        self.output_layer.softcap = model.logits_softcap
         self.output_layer.gradient_accumulation_fusion = False  # apex's, where the logits themselves are differentiated
 
     def _postprocess(self, hidden_states, labels=None, **kwargs):
@@ -196,10 +210,11 @@ class Network(GPTModel):
         if labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if self.temperature != 1.0:
+        is_capped = self.output_layer.softcap > 0
+        if self.temperature != 1.0 and not is_capped:
             hidden_states = hidden_states / self.temperature  # the output layer has no bias: so are the logits
         return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy,
-                                 asked=self.asked, with_entropy=self.wants_entropy)
+                                 asked=self.asked, with_entropy=self.wants_entropy, temperature=self.temperature if is_capped else 1.0)
 
     def sharded_state_dict(self, *args, **kwargs):
         has_output, self.post_process = self.post_process, self.post_process and self.head == "tokens"
@@ -244,6 +259,9 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
         vp_stage=vp_stage,
     )
     rotary.install(chunk, model)
+    limit_groups(chunk, model)
+    if model.scale_embeddings and chunk.pre_process:
+        chunk.embedding.register_forward_hook(_times_root_of_width)
     _mark_experts(chunk, run.parallel)
     lora.adapt(chunk, run)
     init_weights(chunk, run)
@@ -251,14 +269,23 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
     return Float16Module(config, chunk) if run.train.precision != "fp32" else chunk
 
 
+def _times_root_of_width(module, inputs, embeddings):
+    """Embeddings [s, b, h] times sqrt(h), a factor in their dtype (Gemma)."""
+    return embeddings * torch.tensor(embeddings.size(-1) ** 0.5, dtype=embeddings.dtype).item()
+
+
 def _mark_experts(chunk, parallel) -> None:
     """Reduce expert gradients over the expert-data-parallel group whenever it differs from the dense one.
 
-    megatron does so only when ep > 1; with ep = 1 and etp < tp it would leave tp ranks with different experts.
+    megatron does so only when ep > 1; with ep = 1 and etp < tp it would leave tp ranks with different experts. And it would sum the gradient of
+    an expert's second bias over the tp ranks once more, as it does for dense layers under sequence parallel.
     """
-    if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
-        for name, parameter in chunk.named_parameters():
-            if ".experts." in name and ".shared_experts." not in name:
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name and ".shared_experts." not in name:
+            parameter.sequence_parallel = False
+            if parallel.expert_tp == 1:
+                parameter.tensor_model_parallel = True  # no copy, which megatron would count in the norm on one tp rank alone: such biases
+            if parallel.ep > 1 or parallel.expert_tp != parallel.tp:
                 parameter.allreduce = False
 
 
@@ -278,7 +305,7 @@ def init_weights(chunk: GPTModel, run) -> None:
             elif name.endswith("bias"):
                 data.zero_()
             elif "layernorm" in name or "layer_norm" in name:
-                data.fill_(1.0)
+                data.fill_(0.0 if run.model.norm_zero_centered else 1.0)
             else:
                 residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
                 std = run.model.init_std / math.sqrt(2 * run.model.num_layers) if residual else run.model.init_std
@@ -459,7 +486,7 @@ def fill(chunk, tensors) -> None:
 
 
 def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank."""
+    """Logits fp32 [b, s, vocab_size] of whole tensors for tokens [b, s], computed in fp32 on one CPU rank; with a scalar head values [b, s, 1]."""
     from engine.mcore import topology
 
     topology.start_single()
@@ -469,7 +496,8 @@ def single_rank_logits(run, tensors, tokens: torch.Tensor) -> torch.Tensor:
     chunk.eval()
     positions = torch.arange(tokens.size(1)).expand_as(tokens)
     with torch.no_grad():
-        return chunk(tokens, positions, None)[..., :run.model.vocab_size].float()
+        output = chunk(tokens, positions, None)
+    return output[..., None] if run.model.head == "scalar" else output[..., :run.model.vocab_size].float()
 
 
 def bare(chunk) -> GPTModel:

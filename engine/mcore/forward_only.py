@@ -1,7 +1,7 @@
 """A network's layers as drawing answers wants them: with a cache, without gradients, and without the cost of what only training needs.
 
     with forward_only(model) as attentions:                     # spec_torch.Attention of each layer; give each a kv_cache.LayerCache
-        hidden = run_layers(network, hidden, turn)              # [s, b, h] through the layers of one chunk
+        hidden = run_layers(network, hidden, turn, local)       # [s, b, h] through the layers of one chunk
 
 One new token is so little work that megatron's own forward passes cost as much as the arithmetic: their context managers, autograd functions
 and checks are two thirds of a step of a small model on a CPU. So linear layers, norms and gates compute plainly meanwhile (their class changes,
@@ -20,8 +20,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from engine.mcore.build import bare
+from engine.mcore.norms import NormedAdd
 from engine.mcore.ops_torch import RMSNorm, SwiGLU
-from engine.mcore.spec_torch import Attention
+from engine.mcore.spec_torch import Attention, ExpertRow
 
 
 class Turn(NamedTuple):
@@ -47,21 +48,27 @@ class Turn(NamedTuple):
         return (t * self.cos).addcmul_(t.roll(r // 2, -1), self.sin)
 
 
-def run_layers(network, hidden: Tensor, turn: Turn | None) -> Tensor:
-    """Hidden states [s, b, h] through all layers of a bare chunk, and the norm behind the last layer where the chunk has it."""
+def run_layers(network, hidden: Tensor, turn: Turn | None, local: Turn | None) -> Tensor:
+    """Hidden states [s, b, h] through all layers of a bare chunk, and the norm behind the last layer where the chunk has it.
+
+    turn: None without RoPE. local: the turn in layers with a sliding window.
+    """
     for layer in network.decoder.layers:
         attention = layer.self_attention
         query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden), None)
         if turn is not None:
-            query, key = turn.apply(query), turn.apply(key)
-        hidden = _added(hidden, attention.linear_proj(attention.core_attention(query, key, value, None)))
-        hidden = _added(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
+            own = local if attention.core_attention.window else turn
+            query, key = own.apply(query), own.apply(key)
+        hidden = _added(layer.self_attn_bda, hidden, attention.linear_proj(attention.core_attention(query, key, value, None)))
+        hidden = _added(layer.mlp_bda, hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
     norm = network.decoder.final_layernorm
     return hidden if norm is None else norm(hidden)
 
 
-def _added(residual: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
+def _added(how, residual: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
     out, bias = output
+    if isinstance(how, NormedAdd):
+        return residual + how.normed(out, bias)
     return residual + (out if bias is None else out + bias)
 
 
@@ -89,7 +96,7 @@ class _SwiGLU(SwiGLU):
         return F.silu(gate).mul_(up)
 
 
-_PLAIN = {ColumnParallelLinear: _Column, RowParallelLinear: _Row, RMSNorm: _RMSNorm, SwiGLU: _SwiGLU}  # exactly these, none that derive from them
+_PLAIN = {ColumnParallelLinear: _Column, RowParallelLinear: _Row, ExpertRow: _Row, RMSNorm: _RMSNorm, SwiGLU: _SwiGLU}  # exactly these, none that derive from them
 
 # What may be on while training, and what stands for off: of modules and dispatchers of experts, and of configurations.
 _OFF = {"sequence_parallel": False, "scatter_to_sequence_parallel": False, "reduce_scatter_embeddings": False, "drop_and_pad": False}

@@ -25,6 +25,7 @@ from engine.mcore.forward_only import Turn, forward_only, run_layers
 from engine.mcore.sample import draw, uniforms
 from engine.rope import BY_LENGTH, attention_factor, inverse_frequencies
 from engine.sampling import Generated, Sampling, Text
+from engine.stage_sections import RopeScaling
 
 READ_AT_ONCE = 8192  # tokens of prompts in one pass, padding included, unless one prompt alone is longer
 
@@ -106,6 +107,9 @@ class _Decoder:
         self.networks = [bare(chunk) for chunk in model.chunks]
         self.dtype = DTYPES[model.run.train.precision]
         self.has_rope = self.model.position == "rope"
+        self.local = None  # frequencies of layers that see the sliding window alone, where they have their own
+        if self.has_rope and self.model.rope_local_theta:
+            self.local = inverse_frequencies(self.model.rope_local_theta, self.model.rope_dims, RopeScaling(), 0)[0].to(self.topology.device)
         self._frequencies_at: dict[int, torch.Tensor] = {}
         t = self.topology
         self.num_together = t.tp * t.pp  # ranks that work on the same rows
@@ -146,6 +150,8 @@ class _Decoder:
             if seen is not None:
                 seen[range(len(here)), tokens] = True
             logits = self._go_on(tokens)
+            if outgrown := self._outgrown():
+                logits = self._read_again(outgrown, [prompts[here[place]] + answers[here[place]].tokens for place in outgrown], logits)
 
     def wait_for_others(self) -> None:
         """Where experts are spread over replicas, take part in their passes until all are done."""
@@ -198,6 +204,26 @@ class _Decoder:
         self.rows.end += 1
         return logits
 
+    def _outgrown(self) -> list[int]:
+        """Places of rows that have just become longer than what LongRoPE's short factors are for. transformers takes the long ones for all
+        their tokens from then on in Phi-3, and for the new ones alone in other families."""
+        scaling = self.model.rope_scaling
+        if self.model.family != "phi3" or scaling.kind != "longrope":
+            return []
+        return [place for place, start in enumerate(self.rows.starts) if self.rows.end - start == scaling.original_max_position + 1]
+
+    def _read_again(self, places: list[int], texts: list[list[int]], logits: torch.Tensor | None) -> torch.Tensor | None:
+        """Keep new keys of the rows at these places, whose texts are equally long. `logits` with theirs replaced."""
+        at_once = max(1, READ_AT_ONCE // len(texts[0]))
+        for begin in range(0, len(places), at_once):
+            some = places[begin:begin + at_once]
+            self.rows.reading = [[place] for place in some]
+            found = self._working_pass(torch.tensor(texts[begin:begin + at_once]), [len(texts[0])] * len(some))
+            if logits is not None:
+                logits[some] = found
+        self.rows.reading = None
+        return logits
+
     def _working_pass(self, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:
         if self.in_lockstep:
             self._is_anyone_working(True)
@@ -212,13 +238,14 @@ class _Decoder:
         else:
             positions = torch.arange(tokens.size(1), device=device)[None]  # [1, s]
         turn = self._turn(positions.t(), lengths) if self.has_rope else None
+        local = turn if self.local is None else Turn.of(positions.t()[..., None, None] * self.local, 1.0, self.dtype)
         hidden = None
         for network in self.networks:
             if network.pre_process:
                 hidden = network.embedding(input_ids=tokens, position_ids=positions)
             elif self.topology.pp > 1:
                 hidden = self._received(tokens.shape)
-            hidden = run_layers(network, hidden, turn)  # [s, b, h]
+            hidden = run_layers(network, hidden, turn, local)  # [s, b, h]
             if not network.post_process:
                 dist.send(hidden.contiguous(), mpu.get_pipeline_model_parallel_next_rank(), group=mpu.get_pipeline_model_parallel_group())
         if not self.networks[-1].post_process:

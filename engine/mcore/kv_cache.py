@@ -67,17 +67,16 @@ class LayerCache:
         """Of the prompts that pass, right-padded: key and value [s, b, kv_heads, d], kept for the rows of `rows.reading`."""
         rows = self.rows
         if self.keys is None:
-            shape = (len(rows), key.size(2), rows.room, key.size(3))
             # Zeros: what a mask hides is multiplied by 0, which leaves nothing of any number but NaN.
-            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
+            self.keys, self.values = (x.new_zeros(len(rows), x.size(2), rows.room, x.size(3)) for x in (key, value))
         for of, cache in ((key, self.keys), (value, self.values)):
             for i, equal in enumerate(rows.reading):
                 start = rows.starts[equal[0]]
                 cache[equal, :, start:rows.end] = of[:rows.end - start, i].transpose(0, 1)
 
-    def attend(self, query, key, value, scale: float, window: int):
+    def attend(self, query, key, value, scale: float, window: int, written_out=None):
         """softmax(q k^T * scale) v of one new token per row, which is kept: query [1, b, heads, d], key and value [1, b, kv_heads, d] ->
-        [1, b, heads * d]. window: tokens seen, itself included; 0 all."""
+        [1, b, heads * d]. window: tokens seen, itself included; 0 all. written_out(q, k, v, mask): in the place of SDPA."""
         rows = self.rows
         if rows.end == self.keys.size(2):
             self._grow()
@@ -85,9 +84,11 @@ class LayerCache:
         self.values[:, :, rows.end] = value[0]
         first = max(rows.first, rows.end + 1 - window) if window else rows.first
         seen = slice(first, rows.end + 1)
+        mask = None if rows.mask is None else rows.mask[..., seen]
+        if written_out is not None:
+            return written_out(query[0].unsqueeze(2), self.keys[:, :, seen], self.values[:, :, seen], mask).reshape(1, len(rows), -1)
         # The query heads of a group stand where queries do: they see the same keys, which then need not be repeated.
         q = query[0].unflatten(1, (self.keys.size(1), -1))
-        mask = None if rows.mask is None else rows.mask[..., seen]
         out = F.scaled_dot_product_attention(q, self.keys[:, :, seen], self.values[:, :, seen], attn_mask=mask, scale=scale)
         return out.reshape(1, len(rows), -1)
 

@@ -42,7 +42,7 @@ def adapt(network, run) -> None:
     for name, module in list(network.named_modules()):
         linear = name.rpartition(".")[2]
         if set(adapters.parts_of(linear, run.model)) & set(run.lora.targets):
-            module.__class__ = {ColumnParallelLinear: AdaptedColumn, RowParallelLinear: AdaptedRow}[type(module)]
+            module.__class__ = AdaptedRow if isinstance(module, RowParallelLinear) else AdaptedColumn
             module.attach(adapters.block_of(linear, run.model, module.weight.size(0)), run.lora)
     if network.pre_process and run.train.recompute == "full":
         # A recomputed layer gets gradients only where its input wants some, and nothing below the first layer learns.

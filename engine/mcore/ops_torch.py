@@ -89,6 +89,16 @@ class RMSNorm(torch.nn.RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
+class ZeroCentredRMSNorm(RMSNorm):
+    """The same with 1 + weight in the place of weight, added in fp32 (Gemma)."""
+
+    def forward(self, x):
+        weight = 1 + self.weight.float()
+        if torch.compiler.is_compiling():
+            return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+        return _RMSNorm.apply(x, weight, self.eps)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -9,12 +9,14 @@ Left out: document masks under context parallel (thd needs every document padded
 """
 
 import torch
-from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from engine.mcore import norms
 
 
 # gradient_accumulation_fusion is done by Transformer Engine in its own layers. The one ColumnParallelLinear beside them would
@@ -44,11 +46,10 @@ def check(run) -> None:
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
-    dense = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    moe = dense
-    if config.num_moe_experts:
-        moe = get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
-                                                         qk_layernorm=config.qk_layernorm)
+    dense, moe = (get_gpt_layer_with_transformer_engine_spec(num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm,
+                                                             qk_layernorm=config.qk_layernorm)
+                  for num_experts in (None, config.num_moe_experts))
+    dense, moe = (norms.placed(layer, config, model, TENorm, TEColumnParallelLinear) for layer in (dense, moe))
     specs = [moe if is_moe else dense for is_moe in model.moe_layers]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

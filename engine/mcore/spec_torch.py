@@ -5,10 +5,11 @@
 Megatron supplies the linear layers, the MLP, the router, the dispatcher and the layer itself; here are the parts it only has
 for CUDA: normalisation that works under sequence parallel, and attention by torch's scaled_dot_product_attention with
 grouped-query heads, document masks, sliding windows and context parallel.
-Left out: attention sinks and softcaps (no kernel of SDPA has them), FP8 (spec_te.py).
+Models with sinks or capped logits take attention_torch.py in its place. Left out: FP8 (spec_te.py).
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import attention as megatron_attention
@@ -29,17 +30,19 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
-from engine.mcore import masks
-from engine.mcore.ops_torch import RMSNorm, SwiGLU, apply_rope
+from engine.mcore import attention_torch, masks, norms
+from engine.mcore.latent_torch import LatentAttention, LatentSubmodules
+from engine.mcore.ops_torch import RMSNorm, SwiGLU, ZeroCentredRMSNorm, apply_rope
 
 megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choice here; ours hands other cases back to it
 
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
-    dense, moe = _layer_spec(config, None), _layer_spec(config, config.num_moe_experts) if config.num_moe_experts else None
+    dense, moe = (norms.placed(_layer_spec(config, model, num_experts), config, model, Norm, ColumnParallelLinear)
+                  for num_experts in (None, config.num_moe_experts))
     specs = [moe if is_moe else dense for is_moe in model.moe_layers]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -68,24 +71,32 @@ class TorchBackend(BackendSpecProvider):
         return Attention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm, moe_use_legacy_grouped_gemm):
-        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertRow)
 
     def activation_func(self):
         return SwiGLU  # built only where the configuration says so (swiglu)
 
 
-def _layer_spec(config, num_experts) -> ModuleSpec:
-    backend = TorchBackend()
+def _attention_spec(config, model) -> ModuleSpec:
+    core = functools.partial(Attention, softcap=model.attention_softcap, has_sinks=model.attention_sinks)
+    if model.is_latent:
+        return ModuleSpec(module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal},
+                          submodules=LatentSubmodules(norm=Norm, core_attention=core, mla=model.mla))
     qk_norm = Norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=Attention, linear_proj=RowParallelLinear,
+        linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear,
         q_layernorm=qk_norm, k_layernorm=qk_norm,
     )
+    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention)
+
+
+def _layer_spec(config, model, num_experts) -> ModuleSpec:
+    backend = TorchBackend()
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attention=_attention_spec(config, model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts,
@@ -100,11 +111,21 @@ def _layer_spec(config, num_experts) -> ModuleSpec:
     )
 
 
+class ExpertRow(RowParallelLinear):
+    """An expert's second matrix. megatron adds its bias in place, which autograd forbids for what a custom function handed through."""
+
+    def forward(self, input_):
+        output, bias = super().forward(input_)
+        return (output if bias is None or not torch.is_grad_enabled() else output.clone()), bias
+
+
 class Norm:
     """RMSNorm or LayerNorm as config.normalization says."""
 
     def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_):
         kind = {"RMSNorm": RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        if config.layernorm_zero_centered_gamma:
+            kind = ZeroCentredRMSNorm
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
             # Each tp rank sees a slice of the sequence, so megatron must sum these gradients over tp.
@@ -113,7 +134,7 @@ class Norm:
 
 
 class Attention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v for the heads of this tp rank.
+    """softmax(q k^T / sqrt(d)) v for the heads of this tp rank, its logits capped or with sinks among them where the model has such.
 
     attention_mask: None for plain causal attention, or bool [batch, 1, queries, keys], True where a query may look;
     `engine/mcore/masks.py` builds it, in the key order that context parallel gathers (see there).
@@ -122,8 +143,14 @@ class Attention(MegatronModule):
     cache = None  # while answers are drawn, this layer's kv_cache.LayerCache
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None, softmax_scale=None,
-                 cp_comm_type=None, pg_collection=None):
+                 cp_comm_type=None, pg_collection=None, softcap=0.0, has_sinks=False):
+        """softcap: of the logits, 0 for none. has_sinks: does each head have a learned logit without a value?"""
         super().__init__(config=config)
+        self.softcap, self.softmax_offset = softcap, None  # megatron's name of the sinks
+        if has_sinks:
+            self.tp_group = pg_collection.tp
+            self.softmax_offset = torch.nn.Parameter(torch.empty(config.num_attention_heads // self.tp_group.size(), dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -135,7 +162,7 @@ class Attention(MegatronModule):
         assert attention_bias is None and packed_seq_params is None, "the torch backend takes document masks, not packed sequences"
         if self.cache is not None:
             if self.cache.rows.reading is None:
-                return self.cache.attend(query, key, value, self.scale, self.window)
+                return self.cache.attend(query, key, value, self.scale, self.window, self._written_out if self._is_special else None)
             self.cache.keep(key, value)
         elif self.cp_group is not None:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
@@ -145,9 +172,26 @@ class Attention(MegatronModule):
         mask, is_causal = self._mask(attention_mask, q.size(2), k.size(2), q.device)
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext():
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale,
-                                                 enable_gqa=q.size(1) != k.size(1))
+            if self._is_special:
+                out = self._written_out(q, k, v, mask, is_causal, dropout)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale,
+                                                     enable_gqa=q.size(1) != k.size(1))
         return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
+
+    @property
+    def _is_special(self) -> bool:
+        return self.softcap > 0 or self.softmax_offset is not None
+
+    def _written_out(self, q, k, v, mask, is_causal=False, dropout=0.0):
+        return attention_torch.attend(q, k, v, mask, is_causal, self.scale, self.softcap, self.softmax_offset, dropout)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The sinks, split by heads, where there are any."""
+        if self.softmax_offset is None:
+            return {}
+        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets,
+                                                   tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
 
     def _mask(self, mask, num_queries: int, num_keys: int, device):
         """(mask, is_causal) for SDPA. Fewer queries than keys means decoding with a key cache: the queries are the last ones."""

@@ -159,7 +159,7 @@ def test_model_card(tiny, tmp_path):
     card = (export(model.run, model.engine_tensors(), tmp_path / "out", tokens_trained=12345, verification="proved") / "README.md").read_text()
     num = sum(parameter.numel() for parameter in model.network.parameters())
     for part in ("# out\n", "| family | mixtral (custom) |", "| tokens trained | 12,345 |", "| conversion | proved |", f"| {num:,} |",
-                 "| experts | 5, 2 per token |", "rope_theta: 1000000.0"):
+                 "| experts | 6, 2 per token |", "rope_theta: 1000000.0"):
         assert part in card
 
 

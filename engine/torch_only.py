@@ -1,0 +1,14 @@
+"""Which parts of a model only the torch layer backend has; engine/checks.py refuses the others by name, mcore/build.py chooses it. No torch here."""
+
+
+def reasons(model) -> list[str]:
+    """The parts by the keys that ask for them; empty where Transformer Engine's layers do as well."""
+    parts = {
+        f"model.mla.kv_lora_rank={model.mla.kv_lora_rank} (latent attention)": model.is_latent,
+        f"model.attention_softcap={model.attention_softcap:g}": model.attention_softcap > 0,
+        "model.attention_sinks=true": model.attention_sinks,
+        f"model.rope_local_theta={model.rope_local_theta:g}": model.rope_local_theta > 0,
+        "model.norm_zero_centered=true": model.norm_zero_centered,
+        "model.activation=clamped_swiglu": model.activation == "clamped_swiglu",
+    }
+    return [name for name, is_asked in parts.items() if is_asked]

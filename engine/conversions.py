@@ -22,10 +22,10 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     """HF_DIR -> the checkpoint `draft`; returns the verdict of the comparison."""
     from engine.hf import FAMILIES
     from engine.hf.convert import run_of
-    from engine.hf.load import open_hf
+    from engine.hf.load import mtp_prefixes, open_hf
     from engine.hf.shards import Ahead
 
-    hf, tensors = open_hf(args.source, args.allow_pickle, check_hashes=not args.no_hashes)
+    hf, tensors = open_hf(args.source, args.drop_mtp, args.allow_pickle, check_hashes=not args.no_hashes)
     run, adapters = run_of(hf, tensors, args.source, args.target), {}
     if args.adapter:
         run, adapters = with_adapter(run, args.adapter)
@@ -33,7 +33,7 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     names = [name for pair in family.pairs(run.model) for name in pair.hf]
     with Ahead(tensors, names) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
         checkpoint.write_tensors(draft, run, chain(family.from_hf(run.model, ahead), adapters.items()), lambda n: bar.add(num_bytes=n))
-    return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter)
+    return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, mtp_prefixes(hf))
 
 
 def to_hf(args: argparse.Namespace, draft: Path) -> str:
@@ -219,9 +219,9 @@ def progress(what: str, total_bytes: int | None):
     return Progress(what, total_bytes)
 
 
-def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path | None = None) -> str:
+def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path | None = None, without: tuple[str, ...] = ()) -> str:
     """The engine's logits and greedy tokens against those of transformers on `folder`, with PEFT's adapter in the folder `adapter` if there
-    is one. Prints a table and returns a sentence; raises HFError above the tolerance."""
+    is one. Prints a table and returns a sentence; raises HFError above the tolerance. without: beginnings of names in the folder that neither loads."""
     if args.no_verify:
         return NOT_PROVED
     from engine.hf.convert import in_fp32
@@ -230,7 +230,7 @@ def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path 
 
     rows = questions(run.model, run.data.tokenizer.removeprefix("hf:"))
     # One after the other, so that memory holds one of the two.
-    theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False)), rows)
+    theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False), without), rows)
     ours = answers(single_rank_network(in_fp32(run), tensors), rows)
     verdict = Verdict(ours, theirs, args.tolerance)
     sentence = verdict.check()

@@ -7,7 +7,8 @@
     python launch/convert.py upcycle CKPT_DIR NEW_CKPT_DIR             dense -> mixture of experts, the same function at first
     python launch/convert.py from-megatron MEGATRON_DIR CKPT_DIR --config RUN.yaml
 
-Adapters (lora.*) are merged by to-hf; from-hf takes some along with --adapter PEFT_DIR.
+Which families there are, and what of them is refused: docs/models.md. A reward model is transformers' ...ForSequenceClassification with one
+label, both ways. Adapters (lora.*) are merged by to-hf; from-hf takes some along with --adapter PEFT_DIR.
 
 Tensors stream from one side to the other, a few in memory at a time. The result is written under another name; then it is read again,
 the engine's logits and greedy tokens are compared with transformers' on a few prompts (fp32, one CPU process), and only then does it
@@ -30,6 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
     from_hf.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there is no safetensors file (tensors alone)")
     from_hf.add_argument("--no-hashes", action="store_true", help="do not read HF_DIR's files once more to check them against its hashes.json")
+    from_hf.add_argument("--drop-mtp", action="store_true",
+                         help="leave out modules that predict further tokens (DeepSeek-V3), which the engine does not train")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
     to_hf.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write; must not exist")

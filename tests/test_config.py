@@ -24,6 +24,7 @@ train: {seq_len: 64, global_batch: 16, steps: 100}
 data: {train: [corpus]}
 """
 MOE = ["model.moe.num_experts=8"]
+GROUPS = [*MOE, "model.moe.num_groups=4", "model.moe.group_top_k=2"]
 
 
 @pytest.fixture
@@ -107,8 +108,32 @@ REFUSALS = [
      "num_experts(8) / top_k(2) = 4 on, so lower it to that"),
     ([*MOE, "model.moe.balance=sinkhorn", "model.moe.top_k=1", "model.moe.capacity_factor=1.0"], None,
      "model.moe.capacity_factor(1.0) has no meaning for balance=sinkhorn, which fills experts evenly; set it to 0"),
+    ([*GROUPS, "model.moe.num_groups=3"], None, "model.moe.num_experts(8) is not divisible by num_groups(3); legal num_groups: 1, 2, 4, 8"),
+    ([*GROUPS, "model.moe.group_top_k=0"], None, "model.moe.group_top_k(0) must be 1 to num_groups(4)"),
+    ([*GROUPS, "model.moe.top_k=5"], None,
+     "model.moe.top_k(5) exceeds the 4 experts of group_top_k(2) groups of 2; raise group_top_k or lower top_k"),
+    ([*GROUPS, "model.moe.group_score_top=3"], None, "model.moe.group_score_top(3) exceeds the 2 experts of a group; lower it"),
+    ([*GROUPS, "model.moe.balance=sinkhorn", "model.moe.top_k=1"], None,
+     "model.moe.num_groups limits a top-k choice, but balance=sinkhorn makes none; set num_groups=0"),
+    (["model.mla.kv_lora_rank=8", "model.qk_norm=true"], None,
+     "model.qk_norm has no place in latent attention (model.mla.kv_lora_rank=8), which has heads of its own; leave it out"),
+    (["model.mla={kv_lora_rank: 8, qk_rope_head_dim: 3}"], None, "RoPE rotates pairs, but model.mla.qk_rope_head_dim(3) is odd; change it"),
+    (["model.rope_local_theta=100"], None, "model.rope_local_theta(100) is the base period of layers with a sliding window, but sliding_window is 0 "
+     "and position=rope; set it to 0"),
+    (["model.rope_local_theta=100", "model.sliding_window=8", "model.rope_scaling={kind: yarn, original_max_position: 64}"], None,
+     "model.rope_local_theta with rope_scaling.kind=yarn: its factor of cos and sin would reach all layers; set rope_local_theta=0, or another kind"),
+    (["model.attention_sinks=true", "train.backend=te"], None, "model.attention_sinks=true exists for the torch layers alone; set train.backend=torch"),
+    (["model.attention_softcap=50", "train.fp8.recipe=delayed"], None,
+     "train.fp8.recipe=delayed needs Transformer Engine, which has no model.attention_softcap=50 here; set it to none"),
+    (["model.norm_zero_centered=true", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], None,
+     "parallel.tp_comm_overlap needs Transformer Engine, which has no model.norm_zero_centered=true here; set it to false"),
     ([*MOE, "model.moe.first_dense_layers=4"], None,
-     "model.moe.num_experts(8) but no layer is MoE: layer_freq(1), first_dense_layers(4), num_layers(4)"),
+     "model.moe.num_experts(8) but no layer is MoE: layer_freq(1), first_dense_layers(4), dense_layers([]), num_layers(4)"),
+    ([*MOE, "model.moe.dense_layers=[1,4]"], None, "model.moe.dense_layers names [4], but the last of num_layers(4) is 3; leave them out"),
+    (["model.sliding_window=8", "model.full_attention_layers=4"], None,
+     "model.sliding_window(8) but no layer has it: full_attention_layers(4), sliding_window_freq(1), num_layers(4)"),
+    (["model.norm=layernorm", "model.qk_norm=true", "model.qk_norm_width=all"], None,
+     "model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm=layernorm; set qk_norm_width=head"),
     (["parallel.sequence_parallel=true"], None,
      "parallel.sequence_parallel splits over tp ranks, but parallel.tp is 1; set tp >= 2 or sequence_parallel=false"),
     (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"], None,
@@ -146,6 +171,12 @@ REFUSALS = [
     (["data.train=[]"], None, "data.train is empty; name at least one corpus prefix (data_tools/preprocess.py writes them)"),
     (["data.split='9,1'", "data.valid.pile=[x]"], None,
      "data.split cuts the validation set out of data.train, but data.valid names one too; use one of them"),
+    (["data.buffer=pinned", "run.device=cpu"], None,
+     "data.buffer=pinned is memory that a GPU copies from, but run.device=cpu; set data.buffer=auto"),
+    (["data.buffer=shared"], None, "data.buffer=shared passes batches from the rank that reads to the others, but data.read_on=every_rank; set "
+     "data.read_on=first_rank"),
+    (["stage=dpo", "data.read_on=first_rank"], None, "data.read_on=first_rank is for pretrain, continued, long_context, anneal, sft, reward, but "
+     "stage=dpo looks at its data on every rank; set data.read_on=every_rank"),
     (["data.reset_at_eod=true"], None, "data.reset_at_eod and eod_mask_loss need the end-of-document token; set data.tokenizer or data.eod_id"),
     (["data.eod_id=1000"], None, "data.eod_id(1000) is beyond model.vocab_size(1000)"),
     (["train.eval_every=5"], None, "train.eval_every is set but train.eval_samples is 0; set how many samples a validation reads"),
@@ -223,7 +254,7 @@ LEGAL = [
     (["model.hidden_size=68", "model.head_dim=16"], None), (["schedule.kind=constant", "schedule.warmup_steps=100"], None),
     (["schedule.kind=wsd", "schedule.wsd_decay_steps=98", "schedule.warmup_steps=2"], None), (["schedule.init_lr=1"], None),
     (["train.rampup={start: 4, increment: 4, samples: 100}"], 4), (["data.split='9,1,0'", "train.eval_samples=8"], None),
-    (["data.reset_at_eod=true", "data.eod_id=999"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true", "parallel.zero1=true"], None),
+    (["data.reset_at_eod=true", "data.eod_id=999"], None), (["data.read_on=first_rank", "data.buffer=shared", "data.prefetch=true"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true", "parallel.zero1=true"], None),
     (["model.position=learned", "model.max_position=64"], None), (["model.position=none", "model.head_dim=9"], None),
 ]
 
@@ -382,6 +413,19 @@ def test_any_value_survives_the_round_trip(tmp_path_factory, lr, text, seed):
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump_config(validate(raw)))
     assert load_config(path) == validate(raw)
+
+
+def test_a_configuration_from_before_a_field_was_there_means_what_it_meant():
+    """Fields that came with further model families: a checkpoint's config.yaml has none of them."""
+    run = validate(dict(run=dict(dir="x"), model=dict(family="mixtral", size="8x7b", sliding_window=64, sliding_window_freq=3, qk_norm=True),
+                        train=dict(seq_len=8, global_batch=1, steps=1), data=dict(train=["x"])))
+    old = run.model_dump()
+    for name in ("qk_norm_width", "norm_place", "full_attention_layers"):
+        del old["model"][name]
+    del old["model"]["moe"]["dense_layers"]
+    model = RunConfig.model_validate(old).model
+    assert (model.qk_norm_width, model.norm_place) == ("head", "pre") and all(model.moe_layers)
+    assert model.window_layers == [(i + 1) % 3 != 0 for i in range(32)]
 
 
 def test_the_configuration_is_there_at_once_and_without_torch():

@@ -91,11 +91,18 @@ MODELS = {
                          "sliding_window_freq": 2}},
     "gpt_oss": {"model": {"family": "gpt_oss", "sliding_window": 6, "rope_scaling": {"kind": "none"}, "head_dim": 8, "num_query_groups": 2,
                           "moe": {"num_experts": 4, "top_k": 2}}},
+    "mistral": {"model": {"family": "mistral", "sliding_window": 6, "head_dim": 10}},
+    "qwen2": {"model": {"family": "qwen2", "sliding_window": 6, "full_attention_layers": 2}},
+    "qwen3": {"model": {"family": "qwen3", "head_dim": 6}},
+    "qwen3 moe": {"model": {"family": "qwen3_moe", "moe": {**MOE["model"]["moe"], "softmax_after_top_k": False, "dense_layers": [1]}}},
+    "phi3": {"model": {"family": "phi3", "rope_percent": 0.75}},
+    "phi3 longrope": {"model": {"family": "phi3", "max_position": SEQ, "rope_scaling": {**SCALINGS["longrope"], "original_max_position": 32}}},
+    "olmo2": {"model": {"family": "olmo2"}},
     **{kind: {"model": {"rope_scaling": scaling, "max_position": SEQ}} for kind, scaling in SCALINGS.items()},
 }
 
 
-def against_transformers(folder, num_new):
+def against_transformers(folder):
     """On a rank: for each model and penalty (ours, transformers') greedy answers of prompts of several lengths, ours in one batch with
     caches that grow."""
     import torch
@@ -118,6 +125,7 @@ def against_transformers(folder, num_new):
         export(model.run, own, f"{folder}/{name}", "fp32")
         network = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype=torch.float32)
         for penalty in (1.0, 1.7) if name == "llama" else (1.0,):
+            num_new = 30 if "rope_scaling" in change.get("model", {}) else NEW
             ours = model.generate(prompts(), Sampling(num_new, temperature=0.0, repetition_penalty=penalty))
             found[name, penalty] = ([answer.tokens for answer in ours],
                                     [theirs(network, prompt, num_new, repetition_penalty=penalty) for prompt in prompts()])
@@ -128,7 +136,7 @@ def against_transformers(folder, num_new):
 
 @pytest.fixture(scope="module")
 def greedy_answers(tmp_path_factory):
-    return ranks.run(1, against_transformers, str(tmp_path_factory.mktemp("hf")), 30)[0]
+    return ranks.run(1, against_transformers, str(tmp_path_factory.mktemp("hf")))[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -174,6 +182,7 @@ def on_one_rank(change, num):
     ({}, {}, 2, [0, 7]),
     ({}, {"tp": 2, **SP}, 2, [7]),
     ({"model": {"tie_embeddings": True}}, {"tp": 2}, 2, [7]),
+    ({"model": {"family": "olmo2"}}, {"tp": 2, **SP}, 2, [7]),
     ({}, {"pp": 2}, 2, [7]),
     ({"model": {"tie_embeddings": True}}, {"pp": 2, "vpp": 2}, 2, [7]),
     ({}, {"cp": 2}, 2, [7]),

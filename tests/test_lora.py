@@ -68,6 +68,8 @@ ROWS = [
     (Case("moe", 2, dict(tp=2, **SP), {}), DORA),
     (Case("moe", 2, dict(tp=2, **SP, etp=1, ep=2, zero1=True), {}), DORA),
     (Case("moe", 2, dict(etp=2), {}), DORA),
+    (Case("moe-sinks", 2, dict(tp=2, **SP, etp=1), {}), DORA),
+    (Case("latent-moe", 2, dict(tp=2, **SP, etp=1, ep=2), {}), {**LORA, "targets": ["o_proj", "gate_proj", "up_proj", "down_proj"]}),
 ]
 
 
@@ -403,12 +405,14 @@ def test_bf16_learns_adapters_alone_and_a_value_head():
 @pytest.mark.parametrize("changes, words", [
     ({"lora": {"rank": 4, "targets": ["q_proj", "lm_head"]}}, "lm_head belongs to the vocabulary"),
     ({"lora": {"rank": 4, "targets": ["qkv"]}}, "qkv is no linear layer of this model (activation swiglu); legal: q_proj, k_proj, v_proj"),
+    ({"lora": {"rank": 4, "targets": ["q_proj"]}, "model": {"num_query_groups": 0, "qk_norm": False, "mla": {"kv_lora_rank": 8}}},
+     "q_proj is no linear layer of this model, whose latent attention takes no adapters; legal: o_proj, gate_proj, up_proj, down_proj"),
     ({"lora": {"rank": 4, "targets": []}}, "lora.targets is empty"),
     ({"lora": {"rank": 20}}, "lora.rank(20) exceeds the smaller dim of k_proj(16), v_proj(16); set lora.rank to 16 or less"),
     ({"lora": {"rank": 4}, "train": {"backend": "te"}}, "set train.backend=torch"),
     ({"lora": {"rank": 4}, "train": {"fp8": {"recipe": "delayed"}}}, "set train.fp8.recipe=none"),
     ({"lora": {"rank": 4}, "model": {"activation": "gelu"}}, "gate_proj is no linear layer of this model (activation gelu)"),
-], ids=["vocabulary", "unknown", "none", "rank", "te", "fp8", "ungated"])
+], ids=["vocabulary", "unknown", "latent", "none", "rank", "te", "fp8", "ungated"])
 def test_refusals(changes, words):
     from engine.config import ConfigError, validate
 

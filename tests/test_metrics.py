@@ -27,6 +27,14 @@ PUBLISHED = [
     ("llama", "llama2_7b", 6_738_415_616), ("llama", "llama2_13b", 13_015_864_320), ("llama", "llama2_70b", 68_976_648_192),
     ("llama", "llama3_8b", 8_030_261_248), ("llama", "llama3_70b", 70_553_706_496), ("llama", "llama3.2_1b", 1_235_814_400),
     ("llama", "llama3.2_3b", 3_212_749_824), ("mixtral", "8x7b", 46_702_792_704), ("mixtral", "8x22b", 140_630_071_296),
+    ("mistral", "7b_v0.1", 7_241_732_096), ("mistral", "nemo_12b", 12_247_782_400), ("mistral", "small_24b", 23_572_403_200),
+    ("qwen2", "qwen2.5_0.5b", 494_032_768), ("qwen2", "qwen2_7b", 7_615_616_512), ("qwen2", "qwen2.5_72b", 72_706_203_648),
+    ("qwen3", "0.6b", 596_049_920), ("qwen3", "8b", 8_190_735_360), ("qwen3_moe", "30b_a3b", 30_532_122_624),
+    ("qwen3_moe", "235b_a22b", 235_093_634_560), ("phi3", "mini_4k", 3_821_079_552), ("phi3", "phi4", 14_659_507_200),
+    ("olmo2", "1b", 1_484_916_736), ("olmo2", "7b", 7_298_617_344),
+    ("deepseek_v2", "16b_lite", 15_706_484_224), ("deepseek_v2", "236b", 235_741_434_880), ("deepseek_v3", "671b", 671_026_404_352),
+    ("gemma2", "2b", 2_614_341_888), ("gemma2", "9b", 9_241_705_984), ("gemma2", "27b", 27_227_128_320),
+    ("gemma3", "270m", 268_098_176), ("gemma3", "1b", 999_885_952), ("gpt_oss", "20b", 20_914_757_184), ("gpt_oss", "120b", 116_829_156_672),
     ("gpt2", "small", 124_439_808), ("gpt2", "xl", 1_557_611_200),
 ]
 
@@ -53,6 +61,7 @@ def hf(name: str, **fields):
     return getattr(transformers, name + "ForCausalLM")(config)
 
 
+LATENT = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
 HF_MODELS = {
     "llama": (("Llama", dict(num_key_value_heads=2, tie_word_embeddings=False)), tiny(num_query_groups=2)),
     "llama, biases": (("Llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
@@ -60,8 +69,13 @@ HF_MODELS = {
     "qwen2": (("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=False)), tiny(num_query_groups=2, qkv_bias=True)),
     "qwen3": (("Qwen3", dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
               tiny(num_query_groups=2, head_dim=16, qk_norm=True, tie_embeddings=True)),
+    "olmo2": (("Olmo2", dict(num_key_value_heads=2)), tiny(num_query_groups=2, qk_norm=True, qk_norm_width="all", norm_place="post")),
+    "gemma2, norms on both sides": (("Gemma2", dict(num_key_value_heads=2, head_dim=8)), tiny(num_query_groups=2, tie_embeddings=True, norm_place="both")),
     "mixtral": (("Mixtral", dict(num_key_value_heads=2, num_local_experts=4, tie_word_embeddings=False)),
                 tiny(num_query_groups=2, moe=dict(num_experts=4))),
+    "deepseek, latent": (("DeepseekV3", dict(num_key_value_heads=4, first_k_dense_replace=3, **LATENT, tie_word_embeddings=False)), tiny(mla=LATENT)),
+    "deepseek, latent, queries": (("DeepseekV3", dict(num_key_value_heads=4, first_k_dense_replace=3, **LATENT, tie_word_embeddings=True) | dict(q_lora_rank=None)),
+                                  tiny(mla=LATENT | dict(q_lora_rank=0), tie_embeddings=True)),
     "deepseek, shared experts": (
         ("Dots1", dict(num_key_value_heads=4, head_dim=8, n_routed_experts=4, n_shared_experts=2, moe_intermediate_size=24,
                        first_k_dense_replace=1, n_group=1, topk_group=1, num_experts_per_tok=2, tie_word_embeddings=False)),
@@ -95,7 +109,7 @@ def counted_flops(model, batch: int, seq: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen3", "deepseek, latent", "deepseek, latent, queries"])
 @pytest.mark.parametrize("batch, seq", [(1, 16), (3, 40)])
 def test_flops_equal_torchs_counter(name, batch, seq):
     (family, fields), ours = HF_MODELS[name]

@@ -433,7 +433,7 @@ def test_no_two_answers_share_their_random_numbers(tmp_path):
     from engine.stages import build_stage
 
     stage = build_stage("grpo")
-    run = stage.configure(validate(merged(RAW, {"stage": "grpo", "rollout": {"eval_temperature": 0.7}}), 1))
+    run = stage.configure(validate(merged(RAW, {"stage": "grpo", "rollout": {"eval_temperature": 0.7}, "data": {"cache_dir": str(tmp_path)}}), 1))
     prompts = SimpleNamespace(text=str, record=lambda number: {"answer": "AA"})
     stage.begin(run, None, [prompts])
     policy = Speaker()

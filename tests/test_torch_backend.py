@@ -191,7 +191,7 @@ def test_norm(kind, dtype):
     """Against the formula in fp64, for the same numbers; statistics are fp32 also where the input is bf16."""
     from engine.mcore.spec_torch import Norm
 
-    norm = Norm(SimpleNamespace(normalization=kind, sequence_parallel=False), 7, eps=1e-3).to(dtype)
+    norm = Norm(SimpleNamespace(normalization=kind, layernorm_zero_centered_gamma=False, sequence_parallel=False), 7, eps=1e-3).to(dtype)
     for i, parameter in enumerate(norm.parameters()):
         parameter.data = random(7, seed=i + 1).to(dtype)
     assert len(list(norm.parameters())) == (2 if kind == "LayerNorm" else 1)
@@ -212,7 +212,7 @@ def test_norm_marks_its_parameters(kind, sequence_parallel):
     """megatron sums the gradients of marked parameters over tp, where each rank has seen a part of the sequence."""
     from engine.mcore.spec_torch import Norm
 
-    norm = Norm(SimpleNamespace(normalization=kind, sequence_parallel=sequence_parallel), 7)
+    norm = Norm(SimpleNamespace(normalization=kind, layernorm_zero_centered_gamma=False, sequence_parallel=sequence_parallel), 7)
     assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * len(list(norm.parameters()))
 
 
@@ -395,7 +395,7 @@ def test_output_layer_gives_both_at_the_places_asked():
 
     hidden, weight, labels, _ = entropy_case(50)
     labels = labels.view(2, 5)                                        # [b, s]; hidden [s, b, h]
-    layer = SimpleNamespace(sequence_parallel=False, weight=weight, tp_group=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    layer = SimpleNamespace(softcap=0.0, sequence_parallel=False, weight=weight, tp_group=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
     asked = torch.tensor([0, 3, 4, 9])                                # of [s, b]: places (0, 0), (1, 1), (2, 0), (4, 1)
     found = OutputLayer.forward(layer, hidden.view(5, 2, WIDTH), labels=labels, num_real=50, asked=asked, with_entropy=True)
     both = plain_entropy(hidden, weight, labels.t().reshape(-1), torch.ones(TOKENS, 2), 50)[0].view(5, 2, 2).transpose(0, 1)

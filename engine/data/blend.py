@@ -101,6 +101,15 @@ class Blend:
                 tokens[is_from_k] = self.datasets[k].gather(samples[is_from_k])
         return (tokens, ids) if segments else tokens
 
+    def gather_into(self, sample_numbers: np.ndarray, tokens: np.ndarray, places: np.ndarray | None = None, num_threads: int = 1) -> None:
+        """As GPTSamples.gather_into."""
+        numbers = np.asarray(sample_numbers, dtype=np.int64)
+        check_sample_numbers(numbers, len(self), "the blend")
+        sources, samples = self.dataset_index[numbers], self.dataset_sample_index[numbers]
+        for k in np.unique(sources):
+            of_k = np.flatnonzero(sources == k)
+            self.datasets[k].gather_into(samples[of_k], tokens, of_k if places is None else places[of_k], num_threads)
+
     def counts(self, upto: int) -> np.ndarray:
         """How many of the first `upto` samples each dataset gives; int64 [datasets]."""
         return count_sources(self.dataset_index[:upto], len(self.datasets))
@@ -166,7 +175,7 @@ def build_pretraining(
         if wanted == 0 or (wanted is None and shares[i][1] <= shares[i][0]):
             built.append(None)
             continue
-        parts = [np.arange(r.start, r.stop) for r in (split_documents(len(corpus), split)[i] for corpus in corpora)]
+        parts = [split_documents(len(corpus), split)[i] for corpus in corpora]
         _check_parts(corpora, parts, split, name)
         built.append(_mix(corpora, parts, weights, wanted, seq_len, seed, name, cache_dir, one_epoch))
     return tuple(built)
@@ -193,16 +202,16 @@ def build_pretraining_per_split(
             continue
         prefixes, weights = parse_blend(blend)
         corpora = [IndexedCorpus(prefix) for prefix in prefixes]
-        parts = [np.arange(len(corpus)) for corpus in corpora]
+        parts = [range(len(corpus)) for corpus in corpora]
         # Megatron drops the weight of a lone corpus in this form (no surplus, no blend around it).
         weights = None if len(prefixes) == 1 else weights
         built.append(_mix(corpora, parts, weights, wanted, seq_len, seed, name, cache_dir, one_epoch))
     return tuple(built)
 
 
-def _check_parts(corpora: list[IndexedCorpus], parts: list[np.ndarray], split: str, name: str) -> None:
+def _check_parts(corpora: list[IndexedCorpus], parts: list[range], split: str, name: str) -> None:
     for corpus, documents in zip(corpora, parts):
-        if documents.size == 0:
+        if len(documents) == 0:
             raise DataError(
                 f"{corpus.prefix}: split {split!r} leaves 0 of {len(corpus)} documents for {name}, expected at least 1; "
                 f"give {name} a larger share, more documents, or ask for 0 {name} samples"
@@ -211,7 +220,7 @@ def _check_parts(corpora: list[IndexedCorpus], parts: list[np.ndarray], split: s
 
 def _mix(
     corpora: list[IndexedCorpus],
-    parts: list[np.ndarray],
+    parts: list[range],
     weights: list[float] | None,
     num_samples: int | None,
     seq_len: int,

@@ -7,7 +7,7 @@ Left out: tokenizers (files are copied, never read as such) and architectures th
 from typing import Any, Mapping
 
 from engine.hf import deepseek_v2, deepseek_v3, gemma2, gemma3, gpt2, gpt_oss, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
-from engine.hf.fields import HFError, to_model
+from engine.hf.fields import HFError, classifier, to_model
 
 FAMILIES = {"llama": llama, "mistral": mistral, "mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "phi3": phi3,
             "olmo2": olmo2, "gemma2": gemma2, "gemma3": gemma3, "deepseek_v2": deepseek_v2, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss, "gpt2": gpt2}
@@ -19,10 +19,11 @@ def family_of(hf: Mapping[str, Any]):
         raise HFError("config.json has a quantization_config; convert the unquantised weights")
     architectures, model_type = hf.get("architectures") or [], hf.get("model_type")
     for family in FAMILIES.values():
-        if architectures[:1] == [family.ARCHITECTURE] or (not architectures and model_type == family.MODEL_TYPE):
+        if architectures[:1] in ([family.ARCHITECTURE], [classifier(family.ARCHITECTURE)]) or (not architectures and model_type == family.MODEL_TYPE):
             return family
     known = ", ".join(family.ARCHITECTURE for family in FAMILIES.values())
-    raise HFError(f"config.json names architectures={architectures}, model_type={model_type!r}; known: {known}")
+    raise HFError(f"config.json names architectures={architectures}, model_type={model_type!r}; known: {known}, and with a scalar head "
+                  "their ...ForSequenceClassification")
 
 
 def read_model(hf: Mapping[str, Any]):

@@ -32,7 +32,7 @@ def run_of(hf: Mapping[str, Any], tensors: Tensors, source: str | Path, run_dir:
     end = hf.get("eos_token_id")  # a list (Llama 3 Instruct) names no single end of document: the tokenizer then does
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     return RunConfig(
-        run=Run(dir=str(run_dir)), model=model,
+        run=Run(dir=str(run_dir)), model=model, stage="reward" if model.head == "scalar" else "pretrain",
         data=Data(tokenizer=f"hf:{source}" if has_tokenizer else "",
                   eod_id=end if type(end) is int and 0 <= end < model.vocab_size else -1),
         train=Train(seq_len=max(model.max_position, 2), global_batch=1, steps=1, precision=precision),
@@ -87,7 +87,8 @@ class Rounded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        return tensor.to(self._dtype).to(tensor.dtype) if self._dtype and tensor.is_floating_point() else tensor
+        is_kept = not self._dtype or not tensor.is_floating_point() or name.endswith("expert_bias")  # which exports keep in fp32
+        return tensor if is_kept else tensor.to(self._dtype).to(tensor.dtype)
 
     def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import need, refuse, to_model
+from engine.hf.fields import named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV2ForCausalLM", "deepseek_v2"
@@ -24,6 +24,7 @@ EMBEDDING = llama.EMBEDDING
 DEFAULTS = dict(max_position_embeddings=2048, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                 n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1407, first_k_dense_replace=0, routed_scaling_factor=1.0,
                 num_experts_per_tok=None)
+
 
 def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of `model` for transformers 4.x and 5.x.
@@ -41,13 +42,12 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.moe.group_score_top={moe.group_score_top}": moe.num_groups > 0 and moe.group_score_top != 1,
     }, f"{ARCHITECTURE} cannot express this model")
     return common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "scoring_func": "softmax",
         "norm_topk_prob": False,
         "topk_method": "group_limited_greedy" if moe.num_groups else "greedy",
-        "n_group": moe.num_groups or None,
-        "topk_group": moe.group_top_k if moe.num_groups else None,
+        "n_group": moe.num_groups or 1,
+        "topk_group": moe.group_top_k if moe.num_groups else 1,
         "aux_loss_alpha": moe.aux_loss_coeff,
         "seq_aux": moe.balance == "seq_aux_loss",
     }

@@ -11,11 +11,12 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import deepseek_v2, llama, names
-from engine.hf.fields import need, refuse, to_model
+from engine.hf.fields import named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV3ForCausalLM", "deepseek_v3"
 EMBEDDING = llama.EMBEDDING
+IN_FP32 = ("e_score_correction_bias",)  # transformers computes with it in fp32 too
 
 # What transformers takes where config.json is silent.
 DEFAULTS = dict(max_position_embeddings=4096, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
@@ -38,8 +39,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"transformers scores groups by two experts, and there are {per_group} in each": per_group < 2,
     }, f"{ARCHITECTURE} cannot express this model")
     return deepseek_v2.common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "scoring_func": "sigmoid",
         "norm_topk_prob": True,
         "topk_method": "noaux_tc",
@@ -79,7 +79,10 @@ def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
 
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """How the names of tensors begin that belong to modules for further tokens: layers after the last one."""
-    return tuple(f"model.layers.{hf['num_hidden_layers'] + i}." for i in range(hf.get("num_nextn_predict_layers") or 0))
+    if not hf.get("num_nextn_predict_layers"):
+        return ()
+    layers, num_modules = need(hf, "num_hidden_layers", "num_nextn_predict_layers")
+    return tuple(f"model.layers.{layers + i}." for i in range(num_modules))
 
 
 def _router(model: Model, engine: str, hf: str) -> list[Pair]:

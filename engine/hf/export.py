@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.config import RunConfig, dump_config
 from engine.data.chat import source_of
 from engine.hf import FAMILIES, shards
-from engine.hf.fields import HFError, dtype_keys
+from engine.hf.fields import HFError, dtype_keys, head_of
 from engine.hf.load import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +46,8 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
         raise HFError(f"model.family={run.model.family} has no Hugging Face form here; these have: {', '.join(FAMILIES)}")
     family, model = FAMILIES[run.model.family], full_model(run)
     hf = family.hf_config(model, run.train.seq_len)  # refuses before anything is written
+    if head_of(hf) != model.head:
+        raise HFError(f"model.head={model.head} has no Hugging Face form in family {model.family}")
     source = tokenizer_source(run, tokenizer_dir)
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
@@ -58,7 +60,8 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
             (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")
         ids = special_ids(part, run.data.eod_id)
         write_json(part / "config.json", hf | dtype_keys(str(next(iter(shapes.values())).dtype).removeprefix("torch.")) | ids)
-        write_json(part / "generation_config.json", ids)
+        if model.head == "tokens":
+            write_json(part / "generation_config.json", ids)
         write_card(part, run, out.name, tokens_trained, verification)
         part.replace(out)
     except BaseException:
@@ -149,10 +152,12 @@ def write_card(folder: Path, run: RunConfig, title: str, tokens_trained: int = 0
         "started from": ", ".join(f"{role}: `{path}`" for role, path in {"": run.checkpoint.load, **run.checkpoint.roles}.items() if path).removeprefix(": "),
         "conversion": verification or "logits not compared",
     }
+    task, loader = (("text-classification", "AutoModelForSequenceClassification") if model.head == "scalar" else
+                    ("text-generation", "AutoModelForCausalLM"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value != "")
     (folder / "README.md").write_text(f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 # {title}
 
@@ -163,9 +168,9 @@ Trained with Trireme, exported to Hugging Face format.
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+model = {loader}.from_pretrained("path/of/this/folder")
 ```
 
 ## Configuration

@@ -1,4 +1,4 @@
-"""What the families share between config.json and `config.Model`: required keys, refusals, RoPE in both spellings.
+"""What the families share between config.json and `config.Model`: required keys, refusals, heads, RoPE in both spellings.
 
 A config.json enters as the dict json.load returned; keys of config.Model leave, and the other way round. transformers 4.x
 reads `rope_theta` and `rope_scaling`, 5.x `rope_parameters`; likewise `torch_dtype` and `dtype`. We write all of them and read
@@ -54,6 +54,13 @@ def need(hf: Mapping[str, Any], *keys: str) -> list[Any]:
     return [hf[key] for key in keys]
 
 
+def count(hf: Mapping[str, Any], key: str, default: int, least: int = 0) -> int:
+    """The whole number under `key`, or transformers' default where it is left out or null; HFError for anything else."""
+    value = default if hf.get(key) is None else hf[key]
+    refuse({f"{key}={value!r} is not a whole number of {least} or more": type(value) is not int or value < least}, "config.json")
+    return value
+
+
 def to_model(fields: Mapping[str, Any]) -> Model:
     """A Model from a family's model_fields; HFError for values that no model can have, such as a negative size."""
     try:
@@ -69,11 +76,33 @@ def to_model(fields: Mapping[str, Any]) -> Model:
     }, "config.json describes no model")
     scaling, dims = model.rope_scaling, model.rope_dims
     pairs = dims // 2
-    refuse({f"RoPE rotates pairs, but {dims} dims of a head are to be rotated": model.position == "rope" and dims % 2 != 0}, "config.json describes no model")
+    refuse({f"RoPE rotates pairs, but {dims} dims of a head are to be rotated": model.position == "rope" and dims % 2 != 0},
+           "config.json describes no model")
     refuse({f"RoPE type longrope has {len(factors)} entries in {name}, but a head has {pairs} pairs": len(factors) != pairs
             for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor))
             if scaling.kind == "longrope"}, "config.json describes no model")
     return model
+
+
+def classifier(architecture: str) -> str:
+    """The HF architecture with a scalar head that goes with one for tokens: AutoModelForSequenceClassification's."""
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForSequenceClassification"
+
+
+def named(architecture: str, model_type: str, model: Model) -> dict[str, Any]:
+    """The keys by which transformers finds the classes of `model`: a scalar head is a classifier with one label."""
+    if model.head == "scalar":
+        return {"architectures": [classifier(architecture)], "model_type": model_type, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": [architecture], "model_type": model_type}
+
+
+def head_of(hf: Mapping[str, Any]) -> str:
+    """`head` of config.Model. Raises HFError for a classifier that gives more than one number."""
+    if not (hf.get("architectures") or [""])[0].endswith("ForSequenceClassification"):
+        return "tokens"
+    labels = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)
+    refuse({f"num_labels={labels} is not supported; a reward model has 1": labels != 1}, "config.json")
+    return "scalar"
 
 
 def dtype_keys(dtype: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import need, refuse, to_model
+from engine.hf.fields import named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Gemma2ForCausalLM", "gemma2"
@@ -25,8 +25,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     refuse(llama.inexpressible(model, **FIXED, attention_softcap=None, logits_softcap=None, query_pre_attn_scalar=None) | common_problems(model),
            f"{ARCHITECTURE} cannot express this model")
     return common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "attn_logit_softcapping": model.attention_softcap or None,
         "final_logit_softcapping": model.logits_softcap or None,
     }

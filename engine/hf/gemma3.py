@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import gemma2, llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Gemma3ForCausalLM", "gemma3_text"
@@ -20,12 +20,13 @@ EMBEDDING = llama.EMBEDDING
 def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of `model` for transformers 4.x and 5.x; see llama.py. Raises HFError where Gemma3ForCausalLM cannot express the model."""
     refuse(llama.inexpressible(model, qk_norm=True, **gemma2.FIXED, logits_softcap=None, query_pre_attn_scalar=None, rope_local_theta=None)
-           | gemma2.common_problems(model), f"{ARCHITECTURE} cannot express this model")
+           | gemma2.common_problems(model) | {
+        "model.head=scalar (transformers' classifier of this name is that of the vision model)": model.head == "scalar",
+    }, f"{ARCHITECTURE} cannot express this model")
     config = gemma2.common_config(model, seq_len, dtype)
     local = model.rope_local_theta or model.rope_theta
     return config | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": model.logits_softcap or None,
         "rope_local_base_freq": local,
@@ -36,7 +37,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
 def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of config.Model. Raises HFError for what the engine would compute differently."""
     both = hf.get("rope_parameters") or {}
-    everywhere, local = both.get("full_attention") or {}, both.get("sliding_attention") or {}
+    everywhere, local = (_mapping(both, kind) for kind in ("full_attention", "sliding_attention"))
     refuse({
         f"attn_logit_softcapping={hf.get('attn_logit_softcapping')}, which transformers ignores in this architecture, is not supported":
             bool(hf.get("attn_logit_softcapping")),
@@ -44,11 +45,10 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
             local.get("rope_type", "default") != "default",
     }, "config.json")
     own = {key: value for key, value in hf.items() if key != "rope_parameters"}
-    scaling = own.get("rope_scaling") or {key: value for key, value in everywhere.items() if key != "rope_theta"}
-    own |= {"rope_scaling": scaling, "rope_theta": everywhere.get("rope_theta") or hf.get("rope_theta") or 1e6}
-    if "layer_types" not in own and "sliding_window_pattern" in hf:
-        own["layer_types"] = ["sliding_attention" if (i + 1) % hf["sliding_window_pattern"] else "full_attention" for i in range(hf["num_hidden_layers"])]
-    fields = gemma2.common_fields(own, rope_theta=1e6, freq=6)
+    own |= {"rope_scaling": own.get("rope_scaling") or {key: value for key, value in everywhere.items() if key != "rope_theta"},
+            "rope_theta": everywhere.get("rope_theta") or hf.get("rope_theta") or 1e6}
+    (freq,) = need({"sliding_window_pattern": hf.get("sliding_window_pattern") or 6}, "sliding_window_pattern")
+    fields = gemma2.common_fields(own, rope_theta=1e6, freq=freq)
     theta = local.get("rope_theta") or hf.get("rope_local_base_freq") or 10000.0
     return fields | {
         "family": "gemma3",
@@ -57,6 +57,13 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "logits_softcap": hf.get("final_logit_softcapping") or 0.0,
         "rope_local_theta": theta if fields.get("sliding_window") else 0.0,
     }
+
+
+def _mapping(rope: Any, kind: str) -> Mapping[str, Any]:
+    """The RoPE parameters of one kind of layers."""
+    found = rope.get(kind) or {} if isinstance(rope, dict) else rope
+    refuse({f"the RoPE parameters of {kind} are {found!r}, not a mapping": not isinstance(found, dict)}, "config.json")
+    return found
 
 
 def pairs(model: Model) -> list[Pair]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf import names
-from engine.hf.fields import differing, dtype_keys, need, refuse, to_model
+from engine.hf.fields import differing, dtype_keys, head_of, named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "GPT2LMHeadModel", "gpt2"
@@ -30,7 +30,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     seq_len: tokens per training sample, the number of positions where model.max_position is 0.
     Raises HFError where GPT2LMHeadModel cannot express the model.
     """
-    refuse(differing(model) | {
+    refuse({
         f"model.norm={model.norm}": model.norm != "layernorm",
         f"model.activation={model.activation}": model.activation not in ACTIVATIONS,
         f"model.position={model.position}": model.position != "learned",
@@ -40,10 +40,9 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         "model.qk_norm=true": model.qk_norm,
         f"model.sliding_window={model.sliding_window}": model.sliding_window > 0,
         f"model.moe.num_experts={model.moe.num_experts}": model.moe.num_experts > 0,
-    }, f"{ARCHITECTURE} cannot express this model")
+    } | differing(model), f"{ARCHITECTURE} cannot express this model")
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "vocab_size": model.vocab_size,
         "n_positions": model.max_position or seq_len,
         "n_embd": model.hidden_size,
@@ -78,7 +77,7 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads, "vocab_size": vocab, "max_position": hf.get("n_positions", 1024),
         "norm": "layernorm", "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
         "activation": HF_ACTIVATIONS[activation], "position": "learned",
-        "qkv_bias": True, "linear_bias": True,
+        "qkv_bias": True, "linear_bias": True, "head": head_of(hf),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", True)),
         "hidden_dropout": hf.get("resid_pdrop", 0.1), "attention_dropout": hf.get("attn_pdrop", 0.1),
         "init_std": hf.get("initializer_range", 0.02),
@@ -93,9 +92,7 @@ def pairs(model: Model) -> list[Pair]:
     for i in range(model.num_layers):
         found += _layer(model, f"decoder.layers.{i}.", f"transformer.h.{i}.")
     found += _norm(model, "decoder.final_layernorm.", "transformer.ln_f.")
-    if not model.tie_embeddings:
-        found.append(names.vocabulary("output_layer.weight", "lm_head.weight", model))
-    return found
+    return found + names.head(model)
 
 
 def to_hf(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -119,7 +116,7 @@ def canonical(name: str) -> str:
     """The name as transformers writes it today; empty for a stored buffer that is no weight."""
     if name.endswith((".attn.bias", ".attn.masked_bias")):
         return ""
-    return name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name
+    return name if name.startswith(("transformer.", "lm_head.", "score.")) else "transformer." + name
 
 
 def _layer(model: Model, engine: str, hf: str) -> list[Pair]:

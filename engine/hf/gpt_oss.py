@@ -1,7 +1,7 @@
 """gpt-oss: GptOssForCausalLM of transformers, experts and biases everywhere, attention sinks (arXiv 2508.10925).
 
 As in llama.py. A layer's experts lie in one tensor per matrix, [experts, in, out], gate and up column by column side by side; the engine has
-them expert by expert, [gate; up]. transformers adds the balancing loss only where output_router_logits is true, so elsewhere its weight is 0.
+them expert by expert, [gate; up]. transformers adds the balancing loss only where output_router_logits is true, so elsewhere balance is none.
 Left out, and refused: the published MXFP4 folders (load them with transformers, dequantised, and save them again), attention without biases.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf import gemma2, llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "GptOssForCausalLM", "gpt_oss"
@@ -35,8 +35,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.moe.scaling_factor={moe.scaling_factor}": moe.scaling_factor not in (0.0, 1.0),
     }, f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | gemma2.turns_config(model) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "hidden_act": "silu",
         "attention_bias": True,
         "intermediate_size": model.moe_ffn_hidden_size,
@@ -46,7 +45,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         "num_experts_per_tok": moe.top_k,
         "experts_per_token": moe.top_k,
         "router_aux_loss_coef": moe.aux_loss_coeff,
-        "output_router_logits": moe.aux_loss_coeff > 0,
+        "output_router_logits": moe.balance != "none",
     }
 
 
@@ -68,7 +67,7 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_sinks": True, "qkv_bias": True, "linear_bias": True,
         "moe": {
             "num_experts": hf.get("num_local_experts", 128), "top_k": hf.get("num_experts_per_tok", 4), "softmax_after_top_k": True,
-            "balance": "aux_loss", "aux_loss_coeff": hf.get("router_aux_loss_coef", 0.001) if hf.get("output_router_logits") else 0.0,
+            "balance": "aux_loss" if hf.get("output_router_logits") else "none", "aux_loss_coeff": hf.get("router_aux_loss_coef", 0.001),
         },
     }
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Mapping
 
 from engine.config import Model
 from engine.hf import names
-from engine.hf.fields import differing, dtype_keys, need, refuse, rope_fields, rope_keys, to_model
+from engine.hf.fields import differing, dtype_keys, head_of, named, need, refuse, rope_fields, rope_keys, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
@@ -32,8 +32,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.sliding_window={model.sliding_window}": model.sliding_window > 0,
     } | has_experts(model), f"{ARCHITECTURE} cannot express this model")
     return common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
         "attention_bias": model.qkv_bias or model.linear_bias,
         "mlp_bias": model.linear_bias,
@@ -141,7 +140,7 @@ def common_fields(hf: Mapping[str, Any], rms_norm_eps: float, rope_theta: float,
         "head_dim": 0 if head_dim * heads == hidden else head_dim,
         "norm": "rmsnorm", "norm_eps": hf.get("rms_norm_eps", rms_norm_eps),
         "activation": HF_ACTIVATIONS[activation],
-        "position": "rope", **rope_fields(hf, rope_theta, has_partial_rope),
+        "head": head_of(hf), "position": "rope", **rope_fields(hf, rope_theta, has_partial_rope),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "attention_dropout": hf.get("attention_dropout") or 0.0,
         "init_std": hf.get("initializer_range", 0.02),
@@ -170,9 +169,7 @@ def trunk(model: Model, mlp: Part, experts: Part | None = None, attention: Part 
             *(experts if model.moe_layers[i] else mlp)(model, engine + "mlp.", hf),
         ]
     found.append(names.same("decoder.final_layernorm.weight", "model.norm.weight", h))
-    if not model.tie_embeddings:
-        found.append(names.vocabulary("output_layer.weight", "lm_head.weight", model))
-    return found
+    return found + names.head(model)
 
 
 def llama_attention(model: Model, engine: str, hf: str, has_output_bias: bool = True) -> list[Pair]:

@@ -72,10 +72,11 @@ class Tensors(Mapping[str, Tensor]):
         return self._open[path]
 
 
-def open_hf(folder: str | Path, allow_pickle: bool = False, check_hashes: bool = True) -> tuple[dict[str, Any], Tensors]:
+def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = False, check_hashes: bool = True) -> tuple[dict[str, Any], Tensors]:
     """(config.json, name -> tensor). Raises HFError for a folder that is incomplete, contradicts itself or was changed since it was written.
 
-    allow_pickle: read pytorch_model.bin where there is no safetensors file. check_hashes: False trusts the bytes, and checks sizes alone.
+    drop_mtp: leave out modules that predict further tokens, which are refused otherwise. allow_pickle: read pytorch_model.bin where there is no
+    safetensors file. check_hashes: False trusts the bytes, and checks sizes alone.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -91,6 +92,7 @@ def open_hf(folder: str | Path, allow_pickle: bool = False, check_hashes: bool =
             raise HFError(f"{folder} holds {name} twice, as {places[name][1]} and as {stored}")
         if name:
             places[name] = (path, stored)
+    _without_mtp(folder, hf, places, drop_mtp)
     tensors, shapes = Tensors(places), family.hf_shapes(hf)
     _check(folder, tensors, shapes)
     # A tied model may carry its output matrix all the same; then it has to be the embedding.
@@ -99,6 +101,21 @@ def open_hf(folder: str | Path, allow_pickle: bool = False, check_hashes: bool =
             raise HFError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from {family.EMBEDDING}")
         del places[HEAD]
     return hf, tensors
+
+
+def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the names of tensors begin that belong to modules for further tokens; none in most families."""
+    return getattr(family_of(hf), "mtp_prefixes", lambda _: ())(hf)
+
+
+def _without_mtp(folder: Path, hf: Mapping[str, Any], places: dict, drop_mtp: bool) -> None:
+    """Take the tensors of modules for further tokens out of `places`, or refuse them."""
+    found = [name for name in places if name.startswith(mtp_prefixes(hf))]
+    if found and not drop_mtp:
+        raise HFError(f"{folder} holds modules that predict further tokens (num_nextn_predict_layers={hf['num_nextn_predict_layers']}: "
+                      f"{some(found)}), which the engine does not train; convert the model without them: --drop-mtp")
+    for name in found:
+        del places[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "MistralForCausalLM", "mistral"
@@ -21,8 +21,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     refuse(llama.inexpressible(model) | llama.has_biases(model) | llama.windows_differ(model) | llama.has_experts(model),
            f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
         "sliding_window": model.sliding_window or None,
     }

@@ -3,6 +3,7 @@
 A Pair ties one engine tensor to the HF tensors with its numbers. Its `join` makes the engine tensor from them, its `split` undoes
 that, bit by bit. `from_hf` and `to_hf` walk a list of Pairs in model order and read every tensor once, when its turn comes, so a
 lazy mapping never holds a whole model. Engine names and shapes are those of a megatron GPTModel.state_dict() at tp = pp = ep = 1.
+An HF tensor that stacks the experts of a layer is tied part by part, under names of slice_of.
 Left out: parallel shards (the checkpoint reader has put them together) and changes of dtype (export's affair).
 """
 
@@ -60,6 +61,13 @@ def vocabulary(engine: str, hf: str, model: Model) -> Pair:
     """[padded_vocab, h] in the engine, [vocab, h] in HF; the added rows are zero, and the engine masks their logits."""
     return Pair(engine, {hf: (model.vocab_size, model.hidden_size)}, partial(pad_rows, model.padded_vocab_size),
                 lambda t: (t[: model.vocab_size],))
+
+
+def head(model: Model) -> list[Pair]:
+    """What stands on the last layer: the output matrix, unless it is the embedding's, or the row vector of a reward."""
+    if model.head == "scalar":
+        return [same("value_head.weight", "score.weight", 1, model.hidden_size)]
+    return [] if model.tie_embeddings else [vocabulary("output_layer.weight", "lm_head.weight", model)]
 
 
 def qkv(engine: str, hf: Sequence[str], model: Model, *cols: int, is_optional: bool = False) -> Pair:

@@ -170,13 +170,19 @@ def check_expressible(model: Model, lora: Lora) -> None:
         f"lora.dora=true: PEFT has no DoRA for experts{cure}": on_experts and lora.dora,
         f"lora.targets names one of gate_proj and up_proj: transformers 5 fuses them{cure}":
             on_experts and len(targets & {"gate_proj", "up_proj"}) == 1,
+        f"lora.targets names MLPs, and some layers are dense beside the experts: PEFT takes all of them for experts{cure}":
+            on_experts and not all(model.moe_layers),
         "shared experts have no place in a Hugging Face model of this family": model.moe.shared_expert_ffn_hidden_size > 0,
     }, "PEFT cannot express these adapters")
 
 
 def _fused(model: Model) -> dict[str, bool]:
-    return {f"model.family={model.family}: its Hugging Face form fuses q, k and v, and PEFT's adapter with them; convert merged models":
-            model.family not in ("llama", "mixtral")}
+    return {
+        f"model.family={model.family}: its Hugging Face form fuses q, k and v, and PEFT's adapter with them; convert merged models":
+            model.family in ("gpt2", "phi3"),
+        f"model.family={model.family}: its adapters have not been compared with PEFT's; convert merged models":
+            model.family in ("deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss"),
+    }
 
 
 def _for_peft(model: Model, lora: Lora) -> Lora:

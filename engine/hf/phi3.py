@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Phi3ForCausalLM", "phi3"
@@ -33,8 +33,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.rope_scaling.attention_factor={scaling.attention_factor:g}": is_long and scaling.attention_factor != 0,
     }, f"{ARCHITECTURE} cannot express this model")
     config = llama.common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
         "sliding_window": model.sliding_window or None,
         "resid_pdrop": model.hidden_dropout,

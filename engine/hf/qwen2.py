@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import count, named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
@@ -22,8 +22,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     refuse(llama.inexpressible(model, qkv_bias=True, linear_bias=False) | windows_alternate(model) | llama.has_experts(model),
            f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | window_config(model) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
     }
 
@@ -71,10 +70,11 @@ def window_config(model: Model) -> dict[str, Any]:
 def window_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """`sliding_window` and `full_attention_layers` of config.Model. Raises HFError for layers that take turns."""
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    types = hf.get("layer_types")
-    first = hf.get("max_window_layers", 28) if types is None else types.count("full_attention")
+    types = hf.get("layer_types") or None
+    first = count(hf, "max_window_layers", 28) if types is None else list(types).count("full_attention")
     if types is not None:
-        refuse({f"layer_types={types} has windows in other layers than the last ones": types != ["full_attention"] * first + ["sliding_attention"] * (layers - first),
-                f"layer_types names {layers - first} layers with a sliding window, but use_sliding_window is not true": window is None and first < layers},
-               "config.json")
+        has_windows_last = list(types) == ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+        refuse({f"layer_types={types} has windows in other layers than the last ones": not has_windows_last,
+                f"layer_types names {layers - first} layers with a sliding window, but use_sliding_window is not true":
+                    window is None and first < layers}, "config.json")
     return {} if not window or first >= layers else {"sliding_window": window, "full_attention_layers": first}

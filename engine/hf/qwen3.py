@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names, qwen2
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
@@ -20,8 +20,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     refuse(llama.inexpressible(model, qk_norm=True) | llama.has_biases(model) | qwen2.windows_alternate(model) | llama.has_experts(model),
            f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | qwen2.window_config(model) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
         "attention_bias": False,
     }

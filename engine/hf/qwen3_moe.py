@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import llama, names
-from engine.hf.fields import refuse, to_model
+from engine.hf.fields import count, named, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "Qwen3MoeForCausalLM", "qwen3_moe"
@@ -29,12 +29,12 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         f"model.moe.scaling_factor={moe.scaling_factor}": moe.scaling_factor not in (0.0, 1.0),
     }, f"{ARCHITECTURE} cannot express this model")
     return llama.common_config(model, seq_len, dtype) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **named(ARCHITECTURE, MODEL_TYPE, model),
         "intermediate_size": model.ffn_hidden_size,
         "attention_bias": False,
         "use_sliding_window": model.sliding_window > 0,
         "sliding_window": model.sliding_window or None,
+        "max_window_layers": 0 if model.sliding_window else model.num_layers,  # of transformers 4.x; 5.x has the window in all layers
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": model.moe_ffn_hidden_size,
@@ -55,7 +55,7 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts_per_tok=1 with norm_topk_prob=true is not supported": top_k == 1 and is_normalised,
         "num_experts=0 is not supported; it makes a Qwen3ForCausalLM": not experts,
     }, "config.json")
-    step, only = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    step, only = count(hf, "decoder_sparse_step", 1, least=1), hf.get("mlp_only_layers") or []
     return llama.common_fields(hf, rms_norm_eps=1e-6, rope_theta=10000.0) | {
         "family": "qwen3_moe",
         "max_position": hf.get("max_position_embeddings", 32768),

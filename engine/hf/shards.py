@@ -49,8 +49,10 @@ class Outline(Mapping[str, Tensor]):
 
 
 def outline(family, model, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """HF name -> meta tensor of all that family.to_hf makes of engine tensors; floating ones as `dtype`, unless that is None."""
-    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    """HF name -> meta tensor of all that family.to_hf makes of engine tensors; floating ones as `dtype`, unless that is None or the family keeps them in
+    fp32 (its IN_FP32: ends of names)."""
+    in_fp32 = getattr(family, "IN_FP32", ())
+    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() and not (in_fp32 and name.endswith(in_fp32)) else tensor
             for name, tensor in family.to_hf(model, Outline(tensors))}
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Model
-from engine.hf.fields import HFError
+from engine.hf.fields import HFError, head_of
+from engine.hf.load import read_json
 
 TOLERANCE = 1e-4
 
@@ -60,10 +61,13 @@ class Answer:
 
 @torch.no_grad()
 def answers(network: Network, rows: list[Tensor]) -> list[Answer]:
-    """The Answer to each row [1, s], one row at a time."""
+    """The Answer to each row [1, s], one row at a time; a scalar head goes on with nothing."""
     found = []
     for row in rows:
         logits, ids, gaps = network(row)[0].float(), row if row.size(1) <= NUM_NEW else row[:, :-NUM_NEW], []
+        if logits.size(-1) == 1:
+            found.append(Answer(logits, [], torch.empty(0, 1)))
+            continue
         for _ in range(NUM_NEW if row.size(1) > NUM_NEW else min(NUM_NEW, row.size(1))):
             last = network(ids)[0, -1].float()
             gaps.append(last.max() - last)
@@ -118,17 +122,23 @@ class Verdict:
         return str(self)
 
 
-def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False) -> Network:
-    """The model in `folder`, with PEFT's adapter of the folder `adapter` if there is one, by transformers; no code from the folder is run.
+def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False, without: tuple[str, ...] = ()) -> Network:
+    """The model in `folder`, with PEFT's adapter of the folder `adapter` if there is one, by transformers; a classifier gives its number at each
+    token, [b, s, 1].
 
-    Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
+
+    without: beginnings of names that the folder may hold although transformers does not load them.
+    No code from the folder is run. Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     except ImportError as error:
         raise HFError(f"comparing logits needs transformers ({error}); install it: pip install transformers") from None
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=None if allow_pickle else True,
-                                                       local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    is_classifier = head_of(read_json(Path(folder) / "config.json")) == "scalar"
+    loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=None if allow_pickle else True, local_files_only=True,
+                                         trust_remote_code=False, output_loading_info=True)
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not (without and name.startswith(without))]
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise HFError(f"transformers does not load {folder} cleanly: {wrong}")
@@ -139,13 +149,15 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
             raise HFError(f"comparing logits of adapters needs peft ({error}); install it: pip install peft") from None
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
+    if is_classifier:
+        return lambda tokens: model.score(model.base_model(tokens).last_hidden_state).float()
     return lambda tokens: model(tokens).logits.float()
 
 
 @torch.no_grad()
-def transformers_logits(folder: str | Path, tokens: Tensor) -> Tensor:
-    """Logits [b, s, vocab] in fp32 of the model in `folder` for tokens [b, s], by transformers."""
-    return transformers_network(folder)(tokens)
+def transformers_logits(folder: str | Path, tokens: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+    """Logits [b, s, vocab] in fp32 of the model in `folder` for tokens [b, s], by transformers (values [b, s, 1] of a classifier)."""
+    return transformers_network(folder, without=without)(tokens)
 
 
 def agreement(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE, who: str = "engine and transformers") -> str:

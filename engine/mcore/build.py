@@ -78,11 +78,11 @@ def transformer_config(run, device: str) -> TransformerConfig:
         gated_linear_unit=model.gated,
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
-        qk_layernorm=model.qk_norm and model.qk_norm_width == "head",  # megatron sums gradients of such norms over tp; norms.py has the others
+        qk_layernorm=model.qk_norm and model.qk_norm_width == "head",  # norms.py has the others: megatron sums gradients of these over tp
         softmax_scale=softmax_scale(model),
         layernorm_zero_centered_gamma=model.norm_zero_centered,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
-        window_attn_skip_freq=[int(flag) for flag in model.window_layers] if model.sliding_window and not all(model.window_layers) else None,
+        window_attn_skip_freq=None if not model.sliding_window or all(model.window_layers) else [int(flag) for flag in model.window_layers],
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         # init_weights fills the parameters; megatron still has to run its own init, which marks them as split over tp.
@@ -272,7 +272,7 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
 
 def _times_root_of_width(module, inputs, embeddings):
     """Embeddings [s, b, h] times sqrt(h), a factor in their dtype (Gemma)."""
-    return embeddings * torch.tensor(embeddings.size(-1) ** 0.5, dtype=embeddings.dtype, device=embeddings.device)
+    return embeddings * torch.tensor(embeddings.size(-1) ** 0.5, dtype=embeddings.dtype).item()
 
 
 def _mark_experts(chunk, parallel) -> None:
@@ -487,7 +487,8 @@ def fill(chunk, tensors) -> None:
 
 
 def single_rank_network(run, tensors):
-    """A function from tokens [b, s] to logits fp32 [b, s, vocab_size]: whole tensors, computed in fp32 on one CPU rank."""
+    """A function from tokens [b, s] to logits fp32 [b, s, vocab_size]: whole tensors, computed in fp32 on one CPU rank; with a scalar head to
+    values [b, s, 1]."""
     from engine.mcore import topology
 
     topology.start_single()
@@ -499,7 +500,8 @@ def single_rank_network(run, tensors):
     @torch.no_grad()
     def network(tokens: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.size(1)).expand_as(tokens)
-        return chunk(tokens, positions, None)[..., :run.model.vocab_size].float()
+        output = chunk(tokens, positions, None)
+        return output[..., None] if run.model.head == "scalar" else output[..., :run.model.vocab_size].float()
 
     return network
 

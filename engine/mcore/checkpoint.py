@@ -240,7 +240,8 @@ def _same_layout(one: RunConfig, other: RunConfig) -> bool:
 def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, with_optimizer: bool) -> None:
     shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_heads", "head_size",
              "norm", "activation", "position", "rope_percent", "qkv_bias", "linear_bias", "qk_norm", "qk_norm_width", "norm_place",
-             "moe_ffn_hidden_size")
+             "moe_ffn_hidden_size", "mla", "norm_zero_centered", "scale_embeddings", "query_pre_attn_scalar", "attention_softcap", "logits_softcap",
+             "attention_sinks")
     if wanted.model.head == "tokens":  # a scalar head has no output matrix to share with the embedding
         shape += ("tie_embeddings",)
     pairs = [(f"model.{name}", getattr(written.model, name), getattr(wanted.model, name)) for name in shape]

@@ -24,8 +24,8 @@ from engine.mcore.build import DTYPES, bare
 from engine.mcore.forward_only import Turn, forward_only, run_layers
 from engine.mcore.sample import draw, uniforms
 from engine.rope import BY_LENGTH, attention_factor, inverse_frequencies
-from engine.rope import local as local_rope
 from engine.sampling import Generated, Sampling, Text
+from engine.stage_sections import RopeScaling
 
 READ_AT_ONCE = 8192  # tokens of prompts in one pass, padding included, unless one prompt alone is longer
 
@@ -107,6 +107,9 @@ class _Decoder:
         self.networks = [bare(chunk) for chunk in model.chunks]
         self.dtype = DTYPES[model.run.train.precision]
         self.has_rope = self.model.position == "rope"
+        self.local = None  # frequencies of layers that see the sliding window alone, where they have their own
+        if self.has_rope and self.model.rope_local_theta:
+            self.local = inverse_frequencies(self.model.rope_local_theta, self.model.rope_dims, RopeScaling(), 0)[0].to(self.topology.device)
         self._frequencies_at: dict[int, torch.Tensor] = {}
         t = self.topology
         self.num_together = t.tp * t.pp  # ranks that work on the same rows
@@ -147,6 +150,8 @@ class _Decoder:
             if seen is not None:
                 seen[range(len(here)), tokens] = True
             logits = self._go_on(tokens)
+            if outgrown := self._outgrown():
+                logits = self._read_again(outgrown, [prompts[here[place]] + answers[here[place]].tokens for place in outgrown], logits)
 
     def wait_for_others(self) -> None:
         """Where experts are spread over replicas, take part in their passes until all are done."""
@@ -199,6 +204,26 @@ class _Decoder:
         self.rows.end += 1
         return logits
 
+    def _outgrown(self) -> list[int]:
+        """Places of rows that have just become longer than what LongRoPE's short factors are for. transformers takes the long ones for all
+        their tokens from then on in Phi-3, and for the new ones alone in other families."""
+        scaling = self.model.rope_scaling
+        if self.model.family != "phi3" or scaling.kind != "longrope":
+            return []
+        return [place for place, start in enumerate(self.rows.starts) if self.rows.end - start == scaling.original_max_position + 1]
+
+    def _read_again(self, places: list[int], texts: list[list[int]], logits: torch.Tensor | None) -> torch.Tensor | None:
+        """Keep new keys of the rows at these places, whose texts are equally long. `logits` with theirs replaced."""
+        at_once = max(1, READ_AT_ONCE // len(texts[0]))
+        for begin in range(0, len(places), at_once):
+            some = places[begin:begin + at_once]
+            self.rows.reading = [[place] for place in some]
+            found = self._working_pass(torch.tensor(texts[begin:begin + at_once]), [len(texts[0])] * len(some))
+            if logits is not None:
+                logits[some] = found
+        self.rows.reading = None
+        return logits
+
     def _working_pass(self, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor | None:
         if self.in_lockstep:
             self._is_anyone_working(True)
@@ -213,7 +238,7 @@ class _Decoder:
         else:
             positions = torch.arange(tokens.size(1), device=device)[None]  # [1, s]
         turn = self._turn(positions.t(), lengths) if self.has_rope else None
-        local = self._local_turn(positions.t()) if self.has_rope and self.model.rope_local_theta else turn
+        local = turn if self.local is None else Turn.of(positions.t()[..., None, None] * self.local, 1.0, self.dtype)
         hidden = None
         for network in self.networks:
             if network.pre_process:
@@ -242,12 +267,6 @@ class _Decoder:
         frequencies = torch.stack([self._frequencies(length) for length in lengths])[:, None] if by_length else self._frequencies(0)
         angles = positions[..., None, None] * frequencies  # [s, b or 1, 1, r / 2], fp32
         return Turn.of(angles, attention_factor(scaling), self.dtype)
-
-    def _local_turn(self, positions: torch.Tensor) -> Turn:
-        """The same in layers that see the sliding window alone, where they have frequencies of their own."""
-        model = local_rope(self.model)
-        frequencies, factor = inverse_frequencies(model.rope_theta, model.rope_dims, model.rope_scaling, 0)
-        return Turn.of(positions[..., None, None] * frequencies.to(self.topology.device), factor, self.dtype)
 
     def _frequencies(self, length: int) -> torch.Tensor:
         """fp32 [r / 2] for rows of this length."""

@@ -88,11 +88,15 @@ class WholeNorm(RMSNorm):
         flat = x.flatten(-2)
         if self.tp == 1:
             return super().forward(flat).view_as(x)
-        squares = flat.float().square().sum(-1, keepdim=True)
-        # Every rank uses the sum for its own heads, so the gradients of these uses are summed too.
-        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        squares = _over_ranks(flat.float().square().sum(-1, keepdim=True))
         return (flat * torch.rsqrt(squares / self.width + self.eps) * self.weight).to(x.dtype).view_as(x)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets,
                                                    tp_group=mpu.get_tensor_model_parallel_group(), dp_cp_group=metadata["dp_cp_group"])
+
+
+@torch.compiler.disable  # which cannot trace the two in a row
+def _over_ranks(squares):
+    """The sum over tp ranks. Every rank uses it for its own heads, so the gradients of these uses are summed too."""
+    return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))

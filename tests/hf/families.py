@@ -26,7 +26,8 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=4.0, low_freq_factor=1.
 YARN = dict(rope_type="yarn", rope_theta=1e5, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0, truncate=True)
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 3.0, 4.0])
 
-_STRETCHED = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0)
+_STRETCHED = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0,
+                  truncate=True)
 DEEPSEEK = dict(vocab_size=83, hidden_size=40, intermediate_size=52, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, n_group=4, topk_group=2,
                 first_k_dense_replace=1, routed_scaling_factor=1.7, q_lora_rank=18, kv_lora_rank=14, qk_nope_head_dim=10, qk_rope_head_dim=6,
@@ -81,6 +82,25 @@ TP, PP, EP, CP = {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"ep": 2}, {"c
 FURTHER = {"olmo2": [{"tp": 2}, CP], "mistral": [CP], "qwen3": [{"tp": 2}, CP], "phi3": [CP],
            "deepseek_v3": [CP], "gemma2": [{"tp": 2}, CP], "gemma3": [CP], "gpt_oss": [CP]}
 """Layouts that a model is to be tried under beside tp, pp and, with experts, ep."""
+
+
+def random_network(name: str, dtype=None, head: str = "CausalLM", **keys):
+    """A transformers model whose every parameter is random, norms and biases too, so that a tensor put in the wrong place cannot pass for
+    the right one."""
+    import torch
+    import transformers
+
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**sizes | keys)
+    network = getattr(transformers, f"AutoModelFor{head}").from_config(config).to(dtype or torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+        for key, buffer in network.named_buffers():
+            if key.endswith("e_score_correction_bias"):  # DeepSeek-V3's router learns it without gradients
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
+    return network
 
 
 def layouts_of(name: str) -> list[dict]:

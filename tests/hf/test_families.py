@@ -8,11 +8,12 @@ folder becomes the same checkpoint again, bit for bit.
 import pytest
 import ranks
 import torch
-from families import MODELS, layouts_of, train_layouts
+from families import MODELS, layouts_of, random_network, train_layouts
 from parity_table import LIMIT, difference
 
+from engine.config import ConfigError, validate
 from engine.hf import FAMILIES
-from engine.hf.convert import run_of
+from engine.hf.convert import in_fp32, run_of
 from engine.hf.export import export
 from engine.hf.load import open_hf
 from engine.hf.verify import agreement, prompts, transformers_logits
@@ -47,6 +48,15 @@ def test_a_family_goes_all_the_way(tiny, name, tmp_path):
     assert set(again) == set(written) and all(torch.equal(again[name], written[name]) for name in again)
 
 
+def test_a_layout_that_splits_a_head_is_refused_by_name(tmp_path):
+    network = random_network("qwen3", num_key_value_heads=3)
+    network.save_pretrained(tmp_path / "theirs")
+    hf, tensors = open_hf(tmp_path / "theirs")
+    raw = run_of(hf, tensors, tmp_path / "theirs", tmp_path / "run").model_dump()
+    with pytest.raises(ConfigError, match=r"model.num_query_groups\(3\) is not divisible by parallel.tp\(2\); legal tp: 1, 3"):
+        validate(raw | {"parallel": {"tp": 2}, "data": {"train": ["x"]}}, 2)
+
+
 def last(found, number: int):
     """The Trained of the last pp rank under a layout, with logits as a tensor."""
     trained = next(rank[number] for rank in found if rank[number].logits is not None)
@@ -60,3 +70,25 @@ def checkpoints():
     from engine.mcore import checkpoint
 
     return checkpoint
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "deepseek_v3", "gemma2",
+                                  "gpt_oss", "gpt2"])
+def test_a_reward_model_goes_both_ways(name, tmp_path):
+    """AutoModelForSequenceClassification with one label is a scalar head: its number at every token, and every bit on the way back."""
+    from engine.mcore.build import single_rank_logits
+
+    network = random_network(name, head="SequenceClassification", num_labels=1)
+    network.save_pretrained(tmp_path / "theirs")
+    hf, tensors = open_hf(tmp_path / "theirs")
+    run = run_of(hf, tensors, tmp_path / "theirs", tmp_path / "run")
+    assert run.model.head == "scalar" and run.stage == "reward"
+    tokens, ours = prompts(run.model), dict(FAMILIES[run.model.family].from_hf(run.model, tensors))
+    values = transformers_logits(tmp_path / "theirs", tokens)
+    agreement(single_rank_logits(in_fp32(run), ours, tokens), values, tolerance=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(network(tokens[:1]).logits, values[:1, -1], atol=1e-5), "not what transformers calls the reward"
+
+    hf, back = open_hf(export(run, ours, tmp_path / "out"))
+    assert set(back) == set(tensors) and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert torch.equal(transformers_logits(tmp_path / "out", tokens), values)

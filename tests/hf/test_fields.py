@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config import Model, validate
-from engine.hf import FAMILIES, family_of, gpt2, llama, mixtral, read_model
+from engine.hf import FAMILIES, family_of, gpt2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, read_model
 from engine.hf.fields import HFError
 from engine.models import FAMILIES as SIZES
 
@@ -36,9 +36,15 @@ def test_config_of_transformers_survives(model):
     zero_bias = {"mlp_bias"} if model.run.model.linear_bias and not model.hf.get("mlp_bias") else set()
     training = {"router_aux_loss_coef"} - set(model.hf)
     same_as_default = {"n_inner"} if theirs.get("n_inner", 0) is None else set()
-    repeated = {"head_dim", "partial_rotary_factor"} - set(theirs)  # hidden_size / heads; what rope_parameters say too
+    # hidden_size / heads; what rope_parameters say too; what only transformers 4.x reads
+    repeated = {"head_dim", "partial_rotary_factor", "max_window_layers"} - set(theirs)
     unused = {"max_window_layers"} if not theirs.get("use_sliding_window") else set()
-    ignored = {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "decoder_sparse_step",
+    # What DeepSeek's own code reads, a name of before, and a window that no layer has.
+    of_others = {"scoring_func", "topk_method", "moe_layer_freq", "aux_loss_alpha", "seq_aux", "experts_per_token", "norm_topk_prob",
+                 "rope_interleave", "rope_local_base_freq"} - set(theirs)
+    of_others |= {"hidden_act"} if "hidden_activation" in theirs else set()
+    of_others |= {"sliding_window"} if "sliding_attention" not in theirs.get("layer_types", ["sliding_attention"]) else set()
+    ignored = of_others | {"architectures", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "decoder_sparse_step",
                "mlp_only_layers"} | zero_bias | training | same_as_default | repeated | unused  # sparse layers are told in one of two ways
     mine.get("rope_parameters", {}).pop("type", None)  # the old name of rope_type
     assert {k: v for k, v in mine.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
@@ -137,11 +143,30 @@ def test_what_a_config_leaves_out_is_completed_as_in_transformers(hf, expected):
     assert torch.allclose(cos[0, :, :2], (torch.arange(700)[:, None] * frequencies).cos() * factor, atol=1e-4)
 
 
+def test_the_first_names_of_longrope():
+    """Phi-3's own files call it su, and have three keys and no factor."""
+    rope = dict(short_factor=[1.0, 1.5], long_factor=[2.0, 4.0])
+    today = read_model(PHI3 | dict(rope_parameters=dict(rope_type="longrope", factor=4.0, **rope), original_max_position_embeddings=24))
+    assert read_model(PHI3 | dict(rope_scaling=dict(type="su", **rope), original_max_position_embeddings=24)) == today
+    written = phi3.hf_config(today, 8)
+    assert written["rope_scaling"] == dict(type="longrope", **rope) and written["original_max_position_embeddings"] == 24
+    del written["rope_parameters"]  # as transformers 4.x reads it
+    assert read_model(written) == today
+
+
 def test_defaults_are_those_of_transformers():
     """A terse config.json means what transformers takes it to mean."""
     import transformers
 
+    def small(**sizes):
+        return dict(vocab_size=9, hidden_size=64, intermediate_size=6, num_hidden_layers=1, num_attention_heads=32) | sizes
+
     for family, config, sizes in [
+        (mistral, "MistralConfig", small()), (qwen2, "Qwen2Config", small()), (qwen3, "Qwen3Config", small()),
+        (qwen3_moe, "Qwen3MoeConfig", small(num_hidden_layers=3)), (phi3, "Phi3Config", small()), (olmo2, "Olmo2Config", small()),
+        (qwen2, "Qwen2Config", small(use_sliding_window=True, num_hidden_layers=30)), (mistral, "MistralConfig", small(sliding_window=None)),
+        (qwen3, "Qwen3Config", small(use_sliding_window=True)),  # 28 layers without a window are more than it has
+        (qwen3_moe, "Qwen3MoeConfig", small(num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[1], use_sliding_window=True)),
         (llama, "LlamaConfig", dict(vocab_size=9, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2)),
         (mixtral, "MixtralConfig", dict(vocab_size=9, hidden_size=32, intermediate_size=6, num_hidden_layers=1, num_attention_heads=16)),
         (gpt2, "GPT2Config", dict(vocab_size=9, n_embd=8, n_layer=1, n_head=2)),
@@ -153,12 +178,18 @@ def test_defaults_are_those_of_transformers():
 LLAMA = dict(architectures=["LlamaForCausalLM"], vocab_size=9, hidden_size=8, intermediate_size=6, num_hidden_layers=1,
              num_attention_heads=2)
 MIXTRAL = LLAMA | dict(architectures=["MixtralForCausalLM"], num_key_value_heads=2)
+QWEN2 = MIXTRAL | dict(architectures=["Qwen2ForCausalLM"], num_hidden_layers=2)
+QWEN3 = MIXTRAL | dict(architectures=["Qwen3ForCausalLM"])
+QWEN3_MOE = MIXTRAL | dict(architectures=["Qwen3MoeForCausalLM"])
+PHI3 = MIXTRAL | dict(architectures=["Phi3ForCausalLM"], max_position_embeddings=96)
+OLMO2 = MIXTRAL | dict(architectures=["Olmo2ForCausalLM"])
 GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1, n_head=2)
 
 
 @pytest.mark.parametrize("hf,message", [
     (LLAMA | dict(architectures=["MinistralForCausalLM"]), "MinistralForCausalLM.*known: LlamaForCausalLM"),
-    (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "known: LlamaForCausalLM"),
+    (LLAMA | dict(architectures=["LlamaForSequenceClassification"]), "num_labels=2 is not supported"),
+    (LLAMA | dict(architectures=["LlamaForTokenClassification"]), "known: LlamaForCausalLM.*ForSequenceClassification"),
     (LLAMA | dict(quantization_config={"bits": 4}), "quantization_config"),
     (LLAMA | dict(hidden_size=None, vocab_size=None), "lacks vocab_size, hidden_size"),
     (LLAMA | dict(hidden_size="8"), "hidden_size='8' is not a number"),
@@ -180,6 +211,19 @@ GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1
     (LLAMA | dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     (MIXTRAL | dict(num_experts_per_tok=1), "num_experts_per_tok=1"),
     (MIXTRAL | dict(rope_parameters=[1]), "not a mapping"),
+    (QWEN2 | dict(use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]), "layer_types=.*windows in other layers than the last"),
+    (QWEN2 | dict(layer_types=["full_attention", "sliding_attention"]), "use_sliding_window is not true"),
+    (QWEN3 | dict(use_sliding_window=True, layer_types=["chunked_attention"]), "layer_types=.*windows in other layers"),
+    (QWEN3 | dict(attention_bias=True), "attention_bias=true"),
+    (QWEN3 | dict(use_sliding_window=True, max_window_layers="all"), "max_window_layers='all' is not a whole number of 0"),
+    (QWEN3_MOE | dict(decoder_sparse_step=0), "decoder_sparse_step=0 is not a whole number of 1"),
+    (QWEN3_MOE | dict(attention_bias=True, num_experts_per_tok=1, norm_topk_prob=True), "attention_bias=true.*num_experts_per_tok=1"),
+    (QWEN3_MOE | dict(num_experts=0), "num_experts=0"),
+    (PHI3 | dict(rope_scaling=dict(type="linear", factor=2.0)), "'linear' is not Phi-3's"),
+    (PHI3 | dict(partial_rotary_factor=0.8), "3 dims of a head are to be rotated"),
+    (PHI3 | dict(rope_scaling=dict(type="su", short_factor=[1.0], long_factor=[1.0, 2.0]), original_max_position_embeddings=24),
+     "1 entries in short_factor, but a head has 2 pairs"),
+    (OLMO2 | dict(attention_bias=True), "attention_bias=true"),
     (GPT2 | dict(activation_function="gelu"), "activation_function='gelu'"),
     (GPT2 | dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     (GPT2 | dict(add_cross_attention=True, scale_attn_weights=False), "scale_attn_weights.*add_cross_attention"),
@@ -208,7 +252,21 @@ def test_a_missing_architecture_is_told_by_its_type():
     ("mixtral", dict(moe=dict(num_experts=2, softmax_after_top_k=False, score="sigmoid")), "score=sigmoid; .*softmax_after_top_k=false"),
     ("mixtral", dict(moe=dict(num_experts=2, top_k=1, balance="sinkhorn")), "top_k=1; model.moe.balance=sinkhorn"),
     ("mixtral", dict(moe=dict(num_experts=2), linear_bias=True), "linear_bias=true"),
-    ("gpt2", dict(norm="rmsnorm"), "norm=rmsnorm"),
+    ("llama", dict(norm_place="post"), "norm_place=post"),
+    ("mistral", dict(sliding_window=4, sliding_window_freq=2, num_layers=2), "sliding_window_freq=2"),
+    ("mistral", dict(qkv_bias=True), "qkv_bias=true"),
+    ("qwen2", dict(qkv_bias=False), "qkv_bias=false"),
+    ("qwen2", dict(sliding_window=4, sliding_window_freq=2, linear_bias=True), "linear_bias=true; model.sliding_window_freq=2"),
+    ("qwen3", dict(qk_norm=False), "qk_norm=false"),
+    ("qwen3", dict(qk_norm_width="all", norm_place="both"), "norm_place=both; model.qk_norm_width=all"),
+    ("qwen3_moe", dict(moe=dict(num_experts=2, shared_expert_ffn_hidden_size=4, score="sigmoid")), "shared_expert_ffn_hidden_size=4; .*score=sigmoid"),
+    ("qwen3_moe", dict(sliding_window=4, full_attention_layers=1, num_layers=2), "some layers have a sliding window and others none"),
+    ("phi3", dict(rope_scaling=dict(kind="linear", factor=2.0)), "rope_scaling.kind=linear"),
+    ("phi3", dict(rope_scaling=dict(kind="longrope", factor=3.0, original_max_position=4, short_factor=[1, 1], long_factor=[1, 1])),
+     r"factor\(3\) is not max_position\(8\) / original_max_position\(4\)"),
+    ("phi3", dict(head_dim=6), "head_dim=6"),
+    ("olmo2", dict(qk_norm_width="head", norm_place="pre", sliding_window=4), "norm_place=pre; model.qk_norm_width=head; model.sliding_window=4"),
+    ("gpt2", dict(norm="rmsnorm", norm_place="both"), "norm=rmsnorm;.*norm_place=both"),
     ("gpt2", dict(position="rope"), "position=rope"),
     ("gpt2", dict(num_query_groups=1), "num_query_groups=1"),
     ("gpt2", dict(head_dim=6), "head_dim=6"),

@@ -26,6 +26,11 @@ CASES = {
     "dora rslora some targets": ("llama_bias", {**LORA, "dora": True, "rslora": True, "targets": ["k_proj", "up_proj", "down_proj"]}),
     "experts": ("mixtral", LORA),
     "experts rslora": ("mixtral", {**LORA, "rslora": True}),
+    "qkv bias": ("qwen2", LORA),
+    "norms of q and k": ("qwen3", {**LORA, "dora": True}),
+    "post-norms": ("olmo2", LORA),
+    "experts of qwen": ("qwen3_moe", LORA),
+    "experts beside dense layers": ("qwen3_moe_mixed", {**LORA, "targets": ["q_proj", "v_proj"]}),
     "attention beside experts, dora": ("mixtral", {**LORA, "dora": True, "targets": ["q_proj", "o_proj"]}),
 }
 
@@ -110,7 +115,9 @@ def test_a_value_head_is_a_saved_module(tiny, tmp_path):
     ("mixtral", {**LORA, "dora": True}, "no DoRA for experts"),
     ("mixtral", {**LORA, "targets": ["up_proj"]}, "one of gate_proj and up_proj"),
     ("llama", {"rank": 0}, "has none"),
-], ids=["gpt2", "experts dora", "half a pair", "no adapters"])
+    ("phi3", {**LORA, "targets": ["q_proj"]}, "phi3"),
+    ("qwen3_moe_mixed", LORA, "some layers are dense"),
+], ids=["gpt2", "experts dora", "half a pair", "no adapters", "fused", "experts beside dense layers"])
 def test_what_peft_cannot_express_is_refused(tiny, name, lora, words, tmp_path):
     with pytest.raises(HFError, match=words):
         save_adapter(tiny(name).run.model, Lora(**lora), {}, tmp_path / "out", "some/base")

@@ -26,7 +26,7 @@ PROVED = [name for name in MODELS if name not in ("llama_geglu", "llama_attentio
 def test_a_family_goes_all_the_way(tiny, name, tmp_path):
     model, tokens, layouts = tiny(name), prompts(tiny(name).run.model, num_prompts=2, num_tokens=32), layouts_of(name)
     converted, trained = tmp_path / "converted", tmp_path / "trained"
-    checkpoints().write_tensors(converted, model.run, model.engine_tensors())
+    checkpoints().write_tensors(converted, model.run, model.engine_tensors().items())
 
     found = ranks.run(2, train_layouts, str(converted), layouts, tokens, str(trained))
     with torch.no_grad():

@@ -2,9 +2,8 @@
 //
 // Arrays are taken as they are (no silent conversion): a wrong dtype or a strided array is a TypeError.
 // Returned views keep their Corpus alive and are read-only.
-#include "bind_corpus.hpp"
-
 #include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <memory>

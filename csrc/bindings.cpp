@@ -1,155 +1,20 @@
-// The Python face of csrc: engine._csrc. Checks shapes and types, allocates outputs, lets go of the GIL, calls the rest.
-//
-// Arrays are taken as they are (no silent conversion): a wrong dtype or a strided array is a TypeError.
-// Corpora and gathering are bound in bind_corpus.cpp.
-#include <pybind11/numpy.h>
+// The Python face of csrc: engine._csrc. What it holds is bound where it belongs: bind_corpus.cpp and bind_indices.cpp.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <limits>
-#include <numeric>
-
-#include "bind_corpus.hpp"
 #include "error.hpp"
-#include "indices.hpp"
-#include "mixture.hpp"
-#include "pack.hpp"
 
 namespace py = pybind11;
 
 namespace trireme {
-namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-int64_t sum_lengths(const Array<int32_t>& lengths, const Array<int32_t>& documents) {
-    const int32_t* length = lengths.data();
-    const int32_t* document = documents.data();
-    int64_t total = 0;
-    for (py::ssize_t i = 0; i < documents.size(); ++i) {
-        if (document[i] < 0 || document[i] >= lengths.size()) throw py::index_error(message("document ", document[i], " of ", lengths.size()));
-        total += length[document[i]];
-    }
-    return total;
-}
-
-template <class Index>
-py::array_t<Index> sample_index(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t seq_len) {
-    if (lengths.ndim() != 1 || documents.ndim() != 1) throw py::type_error("lengths and documents must be one-dimensional");
-    if (seq_len < 1) throw py::value_error(message("seq_len is ", seq_len, ", expected at least 1"));
-    const int64_t num_samples = count_samples(sum_lengths(lengths, documents), seq_len);
-    py::array_t<Index> rows({num_samples + 1, int64_t{2}});
-    Index* out = rows.mutable_data();
-    const int32_t* length = lengths.data();
-    const int32_t* document = documents.data();
-    py::gil_scoped_release release;
-    fill_sample_index(length, document, seq_len, num_samples, out);
-    return rows;
-}
-
-void check_num_datasets(size_t count) {
-    constexpr size_t limit = std::numeric_limits<int16_t>::max();
-    if (count < 1 || count > limit) throw DataError(message("a blend of ", count, " datasets; expected 1 to ", limit, ": merge some of them first"));
-}
-
-py::tuple blending_indices(const std::vector<double>& weights, int64_t size) {
-    check_num_datasets(weights.size());
-    if (size < 0) throw py::value_error(message("size is ", size, ", expected 0 or more"));
-    py::array_t<int16_t> dataset(size);
-    py::array_t<int64_t> sample(size);
-    int16_t* dataset_out = dataset.mutable_data();
-    int64_t* sample_out = sample.mutable_data();
-    {
-        py::gil_scoped_release release;
-        fill_blend(weights, size, dataset_out, sample_out);
-    }
-    return py::make_tuple(dataset, sample);
-}
-
-py::tuple exhaustive_blending_indices(const std::vector<int64_t>& sizes) {
-    check_num_datasets(sizes.size());
-    for (int64_t size : sizes) {
-        // A dataset of no samples would never be spent.
-        if (size < 1) throw py::value_error(message("a dataset has ", size, " samples, expected at least 1"));
-    }
-    const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
-    py::array_t<int16_t> dataset(total);
-    py::array_t<int64_t> sample(total);
-    int16_t* dataset_out = dataset.mutable_data();
-    int64_t* sample_out = sample.mutable_data();
-    {
-        py::gil_scoped_release release;
-        fill_exhaustive_blend(sizes, dataset_out, sample_out);
-    }
-    return py::make_tuple(dataset, sample);
-}
-
-// The first samples of the stretches, and for each stretch the weights of every source at its begin and its end.
-py::tuple mixture_indices(const Array<int64_t>& firsts, const Array<double>& weights, int64_t size) {
-    if (firsts.ndim() != 1 || weights.ndim() != 3 || weights.shape(0) != firsts.size() || weights.shape(1) != 2) {
-        throw py::type_error("firsts must be [num_stretches] and weights [num_stretches, 2, num_sources]");
-    }
-    const int64_t num_stretches = firsts.size(), num_sources = weights.shape(2);
-    check_num_datasets(static_cast<size_t>(num_sources));
-    if (size < 0) throw py::value_error(message("size is ", size, ", expected 0 or more"));
-    std::vector<Stretch> stretches;
-    for (int64_t s = 0; s < num_stretches; ++s) {
-        const bool is_last = s + 1 == num_stretches;
-        const int64_t first = firsts.at(s), end = is_last ? std::max(first + 1, size) : firsts.at(s + 1);
-        if (end <= first || (s == 0 && first != 0)) throw py::value_error("firsts must start at 0 and rise");
-        stretches.push_back({first, end, weights.data(s, 0, 0), weights.data(s, 1, 0)});
-        if (is_last && !std::equal(stretches.back().from, stretches.back().from + num_sources, stretches.back().to)) {
-            throw py::value_error("the last stretch has no end, so its weights cannot change");
-        }
-    }
-    if (stretches.empty()) throw py::value_error("a mixture needs at least one stretch");
-    for (int64_t j = 0; j < 2 * num_stretches; ++j) {
-        const double* row = weights.data() + j * num_sources;
-        const bool is_legal = std::all_of(row, row + num_sources, [](double w) { return w >= 0 && w <= 1; });
-        if (!is_legal || std::all_of(row, row + num_sources, [](double w) { return w == 0; })) {
-            throw py::value_error("weights must lie in [0, 1], at least one of them above 0");
-        }
-    }
-    py::array_t<int16_t> source(size);
-    py::array_t<int64_t> sample(size);
-    int16_t* source_out = source.mutable_data();
-    int64_t* sample_out = sample.mutable_data();
-    {
-        py::gil_scoped_release release;
-        fill_mixture(stretches, num_sources, size, source_out, sample_out);
-    }
-    return py::make_tuple(source, sample);
-}
-
-py::tuple pack(const Array<int32_t>& lengths, int64_t capacity) {
-    if (lengths.ndim() != 1) throw py::type_error("lengths must be one-dimensional");
-    const int32_t* length = lengths.data();
-    const int64_t count = lengths.size();
-    Rows rows;
-    {
-        py::gil_scoped_release release;
-        rows = pack_best_fit(length, count, capacity);
-    }
-    return py::make_tuple(py::array_t<int64_t>(rows.documents.size(), rows.documents.data()),
-                          py::array_t<int64_t>(rows.starts.size(), rows.starts.data()));
-}
-
-}  // namespace
+void bind_corpus(py::module_& module);   // bind_corpus.cpp
+void bind_indices(py::module_& module);  // bind_indices.cpp
 
 PYBIND11_MODULE(_csrc, module) {
-    module.doc() = "Mapped corpora, sample and blend indices, batch gathering. See csrc/.";
+    module.doc() = "Corpora, sample and blend indices, batch gathering. See csrc/.";
     py::register_exception<DataError>(module, "DataError", PyExc_ValueError);
-
     bind_corpus(module);
-    module.def("sample_index_int32", &sample_index<int32_t>, py::arg("lengths").noconvert(), py::arg("documents").noconvert(), py::arg("seq_len"));
-    module.def("sample_index_int64", &sample_index<int64_t>, py::arg("lengths").noconvert(), py::arg("documents").noconvert(), py::arg("seq_len"));
-    module.def("blending_indices", &blending_indices, py::arg("weights"), py::arg("size"));
-    module.def("exhaustive_blending_indices", &exhaustive_blending_indices, py::arg("sizes"));
-    module.def("mixture_indices", &mixture_indices, py::arg("firsts").noconvert(), py::arg("weights").noconvert(), py::arg("size"));
-    module.def("pack_best_fit", &pack, py::arg("lengths").noconvert(), py::arg("capacity"),
-               "(documents int64 [n] row after row, starts int64 [rows + 1]) of best-fit decreasing packing.");
+    bind_indices(module);
 }
 
 }  // namespace trireme

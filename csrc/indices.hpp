@@ -14,21 +14,15 @@ inline int64_t count_samples(int64_t num_tokens, int64_t seq_len) {
     return num_tokens > 0 ? (num_tokens - 1) / seq_len : 0;
 }
 
+// Tokens of `count` documents. Throws std::out_of_range for a document number outside [0, num_lengths).
+int64_t count_tokens(const int32_t* lengths, int64_t num_lengths, const int32_t* documents, int64_t count);
+
 // rows: [num_samples + 1, 2], (position in documents, token offset in that document) of the first token of each sample.
-// documents must hold more than num_samples * seq_len tokens; Index is int32_t or int64_t.
+// Returns the tokens of all documents. Throws the same, and DataError for fewer than num_samples * seq_len + 1 of them.
+// Index is int32_t or int64_t.
 template <class Index>
-void fill_sample_index(const int32_t* lengths, const int32_t* documents, int64_t seq_len, int64_t num_samples, Index* rows) {
-    rows[0] = rows[1] = 0;
-    int64_t position = 0;  // in documents
-    int64_t start = 0;     // tokens before that document
-    for (int64_t sample = 1; sample <= num_samples; ++sample) {
-        // Neighbouring samples share one token, so sample r starts at token r * seq_len.
-        const int64_t target = sample * seq_len;
-        while (start + lengths[documents[position]] <= target) start += lengths[documents[position++]];
-        rows[2 * sample] = static_cast<Index>(position);
-        rows[2 * sample + 1] = static_cast<Index>(target - start);
-    }
-}
+int64_t fill_sample_index(const int32_t* lengths, int64_t num_lengths, const int32_t* documents, int64_t count, int64_t seq_len, int64_t num_samples,
+                          Index* rows);
 
 // Draws `size` samples so that each dataset's count stays closest to its weight. weights sum to 1.
 void fill_blend(const std::vector<double>& weights, int64_t size, int16_t* dataset, int64_t* sample);

@@ -1,30 +1,29 @@
 #include "mixture.hpp"
 
 #include <algorithm>
-#include <limits>
+#include <array>
+#include <utility>
+
+#include "furthest.hpp"
 
 namespace trireme {
 
 namespace {
 
 // One source within one stretch: its cumulated weight is before + slope * t + curve * t * t after t samples of the stretch.
-struct Share {
-    int16_t source;
-    double before;
-    double slope;
-    double curve;
+struct Course {
+    static constexpr size_t size = 3;
+    std::array<double, size> coefficients;  // before, slope, curve
 
-    double at(double t) const { return before + (slope * t + curve * t * t); }
+    template <class Numbers>
+    static auto at(const Numbers& c, double t) {
+        return c[0] + (c[1] * t + c[2] * t * t);
+    }
 };
 
-std::vector<Share> shares_of(const Stretch& stretch, const std::vector<double>& cumulated) {
-    std::vector<Share> shares(cumulated.size());
-    const double length = static_cast<double>(stretch.end - stretch.first);
-    for (size_t k = 0; k < shares.size(); ++k) {
-        const double rise = stretch.to[k] - stretch.from[k];
-        shares[k] = {static_cast<int16_t>(k), cumulated[k], stretch.from[k], rise == 0 ? 0 : rise / (2 * length)};
-    }
-    return shares;
+Course course_of(const Stretch& stretch, int64_t k, double before) {
+    const double rise = stretch.to[k] - stretch.from[k];
+    return {{before, stretch.from[k], rise == 0 ? 0 : rise / (2 * static_cast<double>(stretch.end - stretch.first))}};
 }
 
 }  // namespace
@@ -33,23 +32,24 @@ void fill_mixture(const std::vector<Stretch>& stretches, int64_t num_sources, in
     std::vector<double> cumulated(static_cast<size_t>(num_sources), 0.0);
     std::vector<int64_t> counts(static_cast<size_t>(num_sources), 0);
     for (const Stretch& stretch : stretches) {
-        std::vector<Share> shares = shares_of(stretch, cumulated);
-        for (const Share& share : shares) cumulated[share.source] = share.at(static_cast<double>(stretch.end - stretch.first));
-        // What is left of a deficit when a weight falls to 0 must not draw one more sample of that source.
-        shares.erase(std::remove_if(shares.begin(), shares.end(), [](const Share& s) { return s.slope == 0 && s.curve == 0; }), shares.end());
-        for (int64_t i = stretch.first; i < std::min(stretch.end, size); ++i) {
+        const double length = static_cast<double>(stretch.end - stretch.first);
+        const int64_t end = std::min(stretch.end, size);
+        std::vector<Source<Course>> sources;
+        for (int64_t k = 0; k < num_sources; ++k) {
+            const Course course = course_of(stretch, k, cumulated[k]);
+            cumulated[k] = Course::at(course.coefficients, length);
+            // What is left of a deficit when a weight falls to 0 must not draw one more sample of that source.
+            if (stretch.from[k] == 0 && stretch.to[k] == 0) continue;
+            sources.push_back({static_cast<int32_t>(k), course, std::max(stretch.from[k], stretch.to[k]), counts[k], unlimited});
+        }
+        if (end <= stretch.first) continue;
+        FurthestBehind<Course> behind(std::move(sources), stretch.first, end, length);
+        for (int64_t i = stretch.first; i < end; ++i) {
             const double t = static_cast<double>(std::max<int64_t>(i, 1) - stretch.first);  // Megatron's rule starts as if one was drawn
-            int16_t best = shares.front().source;
-            double best_lag = -std::numeric_limits<double>::infinity();
-            for (const Share& share : shares) {
-                const double lag = share.at(t) - static_cast<double>(counts[share.source]);
-                if (lag > best_lag) {
-                    best = share.source;
-                    best_lag = lag;
-                }
-            }
-            source[i] = best;
-            sample[i] = counts[best]++;
+            const Draw drawn = behind.next(i, t);
+            source[i] = static_cast<int16_t>(drawn.source);
+            sample[i] = drawn.sample;
+            counts[drawn.source] = drawn.sample + 1;
         }
     }
 }

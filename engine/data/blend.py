@@ -176,7 +176,7 @@ def build_pretraining(
         if wanted == 0 or (wanted is None and shares[i][1] <= shares[i][0]):
             built.append(None)
             continue
-        parts = [np.arange(r.start, r.stop) for r in (split_documents(len(corpus), split)[i] for corpus in corpora)]
+        parts = [split_documents(len(corpus), split)[i] for corpus in corpora]
         _check_parts(corpora, parts, split, name)
         built.append(_mix(corpora, parts, weights, wanted, seq_len, seed, name, cache_dir, one_epoch))
     return tuple(built)
@@ -204,16 +204,16 @@ def build_pretraining_per_split(
             continue
         prefixes, weights = parse_blend(blend)
         corpora = [open_corpus(prefix, storage, cache_dir) for prefix in prefixes]
-        parts = [np.arange(len(corpus)) for corpus in corpora]
+        parts = [range(len(corpus)) for corpus in corpora]
         # Megatron drops the weight of a lone corpus in this form (no surplus, no blend around it).
         weights = None if len(prefixes) == 1 else weights
         built.append(_mix(corpora, parts, weights, wanted, seq_len, seed, name, cache_dir, one_epoch))
     return tuple(built)
 
 
-def _check_parts(corpora: list[IndexedCorpus], parts: list[np.ndarray], split: str, name: str) -> None:
+def _check_parts(corpora: list[IndexedCorpus], parts: list[range], split: str, name: str) -> None:
     for corpus, documents in zip(corpora, parts):
-        if documents.size == 0:
+        if len(documents) == 0:
             raise DataError(
                 f"{corpus.prefix}: split {split!r} leaves 0 of {len(corpus)} documents for {name}, expected at least 1; "
                 f"give {name} a larger share, more documents, or ask for 0 {name} samples"
@@ -222,7 +222,7 @@ def _check_parts(corpora: list[IndexedCorpus], parts: list[np.ndarray], split: s
 
 def _mix(
     corpora: list[IndexedCorpus],
-    parts: list[np.ndarray],
+    parts: list[range],
     weights: list[float] | None,
     num_samples: int | None,
     seq_len: int,

@@ -4,7 +4,7 @@
   python data_tools/peek.py work/web_text_document --tokenizer bytes --sample 0 --seq-len 256 --num-samples 1000 --seed 1234
 
 A sample is the one that pretraining with the same split, seq-len, number of samples and seed sees at that number.
-Without --tokenizer ids are printed. Left out: blends (peek into each corpus), searching.
+Only what is shown is read and checked; --verify looks at the whole .idx first. Without --tokenizer ids are printed. Left out: blends (peek into each corpus), searching.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SPLIT_NAMES = ("train", "valid", "test")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peek.py", description="Print a corpus's summary, a document, or a training sample.")
-    parser.add_argument("prefix", metavar="PREFIX", help="the corpus (path without .bin/.idx)")
+    parser.add_argument("prefix", metavar="PREFIX", help="the corpus (path without .bin/.idx, or an address such as s3://bucket/web)")
+    parser.add_argument("--verify", action="store_true", help="check every length, offset and document of the .idx first")
     parser.add_argument("--tokenizer", metavar="SPEC", help="decode with hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--document", type=int, metavar="N", help="print document N")
@@ -34,18 +35,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def peek(args: argparse.Namespace) -> None:
-    from engine.data.indexed import IndexedCorpus
+    from engine.data.storage import open_corpus
 
     if args.sample is not None and args.seq_len is None:
         raise UsageError("--sample needs --seq-len, the tokens per sample of the run")
-    corpus = IndexedCorpus(args.prefix)
+    corpus = open_corpus(args.prefix)
+    if args.verify:
+        corpus.verify()
     show = _decoder(args.tokenizer)
     if args.document is not None:
         _print_document(corpus, args.document, show)
     elif args.sample is not None:
         _print_sample(corpus, args, show)
     else:
-        print(f"{len(corpus.document_indices) - 1} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens, {corpus.dtype.name}, greatest id {corpus.max_token()}")
+        print(f"{corpus.num_documents} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens, {corpus.dtype.name}, greatest id {corpus.max_token()}")
 
 
 def _decoder(spec: str | None):
@@ -65,10 +68,9 @@ def _decoder(spec: str | None):
 
 
 def _print_document(corpus, number: int, show) -> None:
-    num_documents = len(corpus.document_indices) - 1
-    if not 0 <= number < num_documents:
-        raise UsageError(f"--document {number}: {corpus.prefix} has documents 0 to {num_documents - 1}")
-    first, end = corpus.document_indices[number : number + 2].tolist()
+    if not 0 <= number < corpus.num_documents:
+        raise UsageError(f"--document {number}: {corpus.prefix} has documents 0 to {corpus.num_documents - 1}")
+    first, end = corpus.document(number)
     ids = [token for sequence in range(first, end) for token in corpus.get(sequence).tolist()]
     print(f"document {number}: {len(ids)} tokens in {end - first} sequences")
     print(show(ids))

@@ -344,17 +344,18 @@ void damage_at_random(Judge& judge, const Files& sound, std::mt19937_64& random,
     }
 }
 
-// A border that moves in every field that knows of it: consistent, so that no reader can tell.
+// A border that moves in every field that knows of it: consistent, so that no reader can tell, unless a length falls below zero.
 void move_borders(Judge& judge, const Files& sound, size_t num_sequences, int64_t itemsize) {
     for (size_t i = 0; i + 1 < num_sequences; ++i) {
-        Files damaged = sound;
         const auto length = at<int32_t>(sound.idx, 34 + 4 * i);
-        if (length < 1) continue;
-        put<int32_t>(damaged.idx, 34 + 4 * i, length - 1);
-        put<int32_t>(damaged.idx, 34 + 4 * (i + 1), at<int32_t>(sound.idx, 34 + 4 * (i + 1)) + 1);
-        const size_t pointer = 34 + 4 * num_sequences + 8 * (i + 1);
-        put<int64_t>(damaged.idx, pointer, at<int64_t>(sound.idx, pointer) - itemsize);
-        judge.look("border moved everywhere", damaged);
+        for (int32_t change : {1, length + 1}) {
+            Files damaged = sound;
+            put<int32_t>(damaged.idx, 34 + 4 * i, length - change);
+            put<int32_t>(damaged.idx, 34 + 4 * (i + 1), at<int32_t>(sound.idx, 34 + 4 * (i + 1)) + change);
+            const size_t pointer = 34 + 4 * num_sequences + 8 * (i + 1);
+            put<int64_t>(damaged.idx, pointer, at<int64_t>(sound.idx, pointer) - change * itemsize);
+            judge.look(change <= length ? "border moved everywhere" : "border moved below zero", damaged);
+        }
     }
 }
 

@@ -67,7 +67,8 @@ def test_each_field_each_cut_and_random_damage(program, tmp_path, dtype, high):
     assert counts["dtype code"] == {"error": 255}
     for kind in ("magic", "version", "sequence count", "document count"):
         assert set(counts[kind]) == {"error"} and counts[kind]["error"] >= 8 * 9, kind
-    for kind in ("length", "length swapped", "byte offset", "byte offset swapped", "document entry swapped", "idx cut", "idx longer", "bin cut", "bin longer"):
+    for kind in ("length", "length swapped", "byte offset", "byte offset swapped", "document entry swapped", "idx cut", "idx longer", "bin cut", "bin longer",
+                 "border moved below zero"):
         assert set(counts[kind]) == {"error"}, kind
     assert counts["border moved everywhere"] == {"another corpus": int(num_sequences) - 3}  # all but the two empty ones and the last
     assert sum(counts["random idx"].values()) + sum(counts["random bin"].values()) == 4500

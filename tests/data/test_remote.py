@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import signal
 import threading
 
 import fsspec
@@ -142,6 +143,7 @@ def test_a_memory_store_gives_what_the_disk_gives(tmp_path, memory, storage):
     for a, b in zip(ours.gather(numbers, segments=True), expected.gather(numbers, segments=True)):
         assert np.array_equal(a, b)
     assert corpus.max_token() == local.max_token()
+    assert corpus._blocks.want(np.array([[0, corpus.num_tokens * 2]])) == []  # what was checked once is not asked about again
 
 
 def test_a_web_server_gives_what_the_disk_gives_and_is_asked_for_each_block_once(tmp_path, server):
@@ -201,23 +203,40 @@ def test_holes_and_damage_in_the_cache_are_fetched_again(tmp_path, server):
 def test_a_corpus_written_anew_meets_no_old_blocks(tmp_path, memory):
     upload(write(tmp_path / "old", LENGTHS, seed=1), f"{memory}/c")
     samples_of(open_corpus(f"{memory}/c", cache_dir=tmp_path / "cache")).gather(np.arange(200))
-    upload(write(tmp_path / "new", LENGTHS, seed=2), f"{memory}/c")
+    write(tmp_path / "new", LENGTHS, seed=2)  # the same lengths: only the .bin differs, not even in size
+    fsspec.filesystem("memory").pipe_file(f"{memory}/c.bin", (tmp_path / "new.bin").read_bytes())
     new = samples_of(open_corpus(f"{memory}/c", cache_dir=tmp_path / "cache")).gather(np.arange(200))
     assert np.array_equal(new, samples_of(IndexedCorpus(tmp_path / "new")).gather(np.arange(200)))
+
+
+def reads_in_a_child(samples, expected) -> bool:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # a child that waits for ever fails
+        try:
+            os._exit(0 if np.array_equal(samples.gather(np.arange(200)), expected) else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def test_a_forked_child_reads_on(tmp_path, server):
     local = IndexedCorpus(write(tmp_path / "c", LENGTHS))
     ours = samples_of(open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache"))
     ours.gather(np.arange(2))
-    expected = samples_of(local).gather(np.arange(200))
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if np.array_equal(ours.gather(np.arange(200)), expected) else 1)
-        finally:
-            os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
+    assert reads_in_a_child(ours, samples_of(local).gather(np.arange(200)))
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_requests(tmp_path, memory, monkeypatch):
+    local = IndexedCorpus(write(tmp_path / "c", LENGTHS))
+    ours = samples_of(open_corpus(upload(local.prefix, f"{memory}/c"), cache_dir=tmp_path / "cache"))
+    gate, parent, cat = threading.Event(), os.getpid(), fsspec.filesystem("memory").cat_file
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", lambda self, *a, **k: (os.getpid() == parent and gate.wait(), cat(*a, **k))[1])
+    ours.announce(np.arange(200))
+    try:
+        assert reads_in_a_child(ours, samples_of(local).gather(np.arange(200)))
+    finally:
+        gate.set()
 
 
 # --- a server that fails

@@ -125,6 +125,12 @@ class GPTSamples:
         if self.corpus.listens:
             self.corpus.announce(self.document_index, self.sample_index, self._rows(sample_numbers), self.seq_len)
 
+    def gather_into(self, sample_numbers: np.ndarray, tokens: np.ndarray, places: np.ndarray | None = None, num_threads: int = 1) -> None:
+        """Write the samples into tokens, int64 [n, seq_len + 1], C-contiguous; with places (int64 [n]) sample i into row places[i], and
+        tokens may have more rows. The GIL is let go meanwhile. Raises DataError beyond the last sample."""
+        rows = self._rows(sample_numbers)
+        self.corpus.gather(self.document_index, self.sample_index, rows, self.seq_len, num_threads=num_threads, tokens_out=tokens, places=places)
+
     def documents_of(self, j: int) -> list[tuple[int, int, int]]:
         """Where sample j comes from: (document number, first token within it, number of tokens), seq_len + 1 in all."""
         row = int(self._rows(np.array([j]))[0])

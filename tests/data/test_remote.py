@@ -8,12 +8,16 @@ import threading
 import fsspec
 import numpy as np
 import pytest
+import torch
+from training import merged
 
+from engine.config import validate
 from engine.data import remote
 from engine.data.blend import build_pretraining
 from engine.data.indexed import DataError, IndexedCorpus, IndexedWriter
 from engine.data.pretraining import GPTSamples
 from engine.data.storage import open_corpus
+from engine.data.text import datasets
 
 BLOCK = 512  # bytes: many blocks in small corpora
 
@@ -170,7 +174,26 @@ def test_blends_and_splits_take_urls(tmp_path, memory):
         a = build_pretraining(items(local), "90,10", 16, (100, 10, 0), 1, tmp_path / "a")
         b = build_pretraining(items(urls), "90,10", 16, (100, 10, 0), 1, tmp_path / "b")
         for x, y in zip(a[:2], b[:2]):
-            assert np.array_equal(x.gather(np.arange(len(x))), y.gather(np.arange(len(y))))
+            expected, tokens = x.gather(np.arange(len(x))), np.zeros((len(y), 17), dtype=np.int64)
+            assert np.array_equal(y.gather(np.arange(len(y))), expected)
+            y.gather_into(np.arange(len(y)), tokens)
+            assert np.array_equal(tokens, expected)
+
+
+def test_a_configuration_with_phases_takes_urls_and_storage(raw_run, corpus, memory, tmp_path):
+    seq_len = raw_run["train"]["seq_len"]
+    urls = {name: upload(corpus[name], f"{memory}/{name}") for name in ("train", "valid")}
+
+    def read(prefixes, **data):
+        phases = [{"after_tokens": 8 * seq_len, "train": ["1", prefixes["valid"]]}]
+        raw = merged(raw_run, {"data": {"train": ["1", prefixes["train"]], "valid": {"held_out": [prefixes["valid"]]}, "phases": phases, **data}})
+        train, valid = datasets(validate(raw), 24, 4)
+        return [train.batch(np.arange(24))["tokens"], valid["held_out"].batch(np.arange(4))["tokens"]]
+
+    expected = read(corpus)
+    for options in (dict(prefixes=urls, cache_dir=str(tmp_path / "cache")), dict(prefixes=corpus, storage="pread")):
+        assert all(torch.equal(a, b) for a, b in zip(read(**options), expected))
+    assert list((tmp_path / "cache" / "remote").iterdir())
 
 
 def test_several_requests_run_at_once(tmp_path, memory, monkeypatch):

@@ -111,6 +111,8 @@ def _is_final(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429)
+    if type(error.__cause__).__module__.startswith("aiohttp"):
+        return False  # fsspec's http answers FileNotFoundError to a question that never reached the server
     return isinstance(error, FileNotFoundError | PermissionError | ImportError | NotImplementedError)
 
 

@@ -62,6 +62,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.answers, self.ranges, self.lock = folder, [], [], threading.Lock()
+        self.num_deaf = 0  # requests that get no answer at all
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
@@ -79,6 +80,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, with_body):
         path = self.server.folder / self.path.lstrip("/")
+        if self.server.num_deaf > 0:
+            self.server.num_deaf -= 1
+            self.close_connection = True
+            return
         if not path.exists():
             return self.send_error(404)
         data, tag = path.read_bytes(), f'"{path.stat().st_mtime_ns:x}"'
@@ -291,6 +296,16 @@ def test_a_server_that_goes_on_failing_is_one_clear_error(tmp_path, server, how,
         corpus.get(7)
     server.answers.clear()
     assert corpus.get(7).size == LENGTHS[7]  # the server is back: nothing wrong was kept
+
+
+def test_a_server_that_hangs_up_on_everything_is_asked_again(tmp_path, server):
+    local = IndexedCorpus(write(tmp_path / "c", LENGTHS))
+    server.num_deaf = 4  # fsspec takes them for a missing file
+    corpus = open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache")
+    assert server.num_deaf == 0 and np.array_equal(corpus.get(7), local.get(7))
+    server.num_deaf = 10**6
+    with pytest.raises(DataError, match=r"c\.idx: cannot be read, 6 tries failed, the last with: .*; check the connection"):
+        open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache")
 
 
 def test_a_refusal_is_final(tmp_path, server):

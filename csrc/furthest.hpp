@@ -44,10 +44,10 @@ constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
 template <class Share>
 struct Source {
     int32_t number;
-    Share share;         // grows with t or stays
-    double rate;         // share.at grows by at most this per unit of t
-    int64_t count;       // samples drawn so far
-    int64_t limit;       // the count at which the source is spent
+    Share share;    // grows with t or stays
+    double rate;    // share.at grows by at most this per unit of t
+    int64_t count;  // samples drawn so far
+    int64_t limit;  // the count at which the source is spent
 };
 
 struct Draw {
@@ -62,7 +62,9 @@ class FurthestBehind {
     FurthestBehind(std::vector<Source<Share>> sources, int64_t first, int64_t end, double t_end) : last_reset_(first) {
         make_groups(std::move(sources));
         double magnitude = static_cast<double>(end) + 1;  // of the numbers that lags are differences of
-        for (const Group& group : groups_) magnitude = std::max(magnitude, std::abs(Share::at(group.share.coefficients, t_end)) + static_cast<double>(group.round));
+        for (const Group& group : groups_) {
+            magnitude = std::max(magnitude, std::abs(Share::at(group.share.coefficients, t_end)) + static_cast<double>(group.round));
+        }
         slack_ = std::ldexp(magnitude, -49);  // several times the rounding errors of two lags
         const size_t num_pairs = (groups_.size() / (2 * block) + 1) * block;
         active_.resize(groups_.size());

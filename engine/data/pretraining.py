@@ -10,26 +10,21 @@ Left out: samples without the extra token, a last shorter validation sample, fil
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import re
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from engine import _csrc
+from engine.data.index_cache import cached_arrays, digest
 from engine.data.indexed import DataError, IndexedCorpus
 
 SPLIT_NAMES = ("train", "valid", "test")
 FINAL_EPOCH_THRESHOLD = 0.80  # Megatron's: a final epoch used for less than this share is shuffled on its own
 INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 INT32_MAX = np.iinfo(np.int32).max
-DIGEST_PIECE = 2**22  # numbers hashed at a time
 
 
 def split_shares(split: str) -> list[tuple[float, float]]:
@@ -210,8 +205,8 @@ class GPTSamples:
             "seed": self.seed,
             "num_epochs": self.plan.num_epochs,
             "num_samples_before_final_epoch": self.plan.num_samples_before_final,
-            "lengths": _digest(_of(documents, self.corpus.sequence_lengths)),
-            "documents": [documents.start, documents.stop] if isinstance(documents, range) else _digest(documents),
+            "lengths": digest(_of(documents, self.corpus.sequence_lengths)),
+            "documents": [documents.start, documents.stop] if isinstance(documents, range) else digest(documents),
         }
 
     def _num_rows(self) -> int:
@@ -298,63 +293,3 @@ def _shuffle(values: np.ndarray, random: np.random.RandomState) -> None:
         return
     name, words, position, *rest = random.get_state()
     random.set_state((name, words, _csrc.shuffle(values, words, position), *rest))
-
-
-def _digest(values: np.ndarray) -> str:
-    """By pieces and in threads (hashlib lets go of the GIL), so that a billion lengths take neither a copy of all nor many seconds."""
-    pieces = [values[i:i + DIGEST_PIECE] for i in range(0, len(values), DIGEST_PIECE)]
-    hash_of = lambda piece: hashlib.blake2b(np.ascontiguousarray(piece).data, digest_size=16).digest()  # noqa: E731
-    if len(pieces) == 1:
-        return hash_of(pieces[0]).hex()
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return hashlib.blake2b(b"".join(threads.map(hash_of, pieces)), digest_size=16).hexdigest()
-
-
-def cached_arrays(
-    cache_dir: str,
-    description: dict,
-    names: tuple[str, ...],
-    build: Callable[[], tuple[np.ndarray, ...]],
-    fits: Callable[[tuple[np.ndarray, ...]], bool],
-) -> tuple[np.ndarray, ...]:
-    """The arrays of a description: mapped from cache_dir when all are there and fit, otherwise built and stored.
-
-    Safe when several processes build at once: each writes its own temporary file, contents are equal, renames are atomic.
-    Raises DataError when the folder cannot be written.
-    """
-    text = json.dumps(description, indent=1, sort_keys=True)
-    key = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
-    stem = os.path.join(cache_dir, f"{key}-{description['class']}-{description['split']}")
-    paths = [f"{stem}-{name}.npy" for name in names]
-    arrays = _load_arrays(paths)
-    if arrays is not None and fits(arrays):
-        return arrays
-    arrays = build()
-    try:
-        os.makedirs(cache_dir, exist_ok=True)
-        for path, values in zip(paths, arrays):
-            _replace_file(path, lambda file, values=values: np.save(file, values))
-        _replace_file(f"{stem}-description.json", lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise DataError(f"cannot write the index cache in {cache_dir}: {error.strerror}; choose a writable cache_dir, or none") from None
-    # Map what was stored: ranks of one machine then share the pages instead of each holding a copy.
-    return _load_arrays(paths) or arrays
-
-
-def _load_arrays(paths: list[str]) -> tuple[np.ndarray, ...] | None:
-    try:
-        return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-    except (OSError, ValueError, EOFError):  # missing or damaged: both mean build again
-        return None
-
-
-def _replace_file(path: str, write: Callable) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path), suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600, and the cache is shared
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -304,7 +304,9 @@ class Data(Section):
     one_epoch: bool = False
     """Refuse to read any token twice."""
     cache_dir: str = ""
-    """Folder of the index cache; empty means run.dir/index_cache."""
+    """Folder of the index cache, and of what was read of remote corpora; empty means run.dir/index_cache."""
+    storage: Literal["mmap", "pread"] = "mmap"
+    """How .bin files are read: mmap while they stay in memory, pread when the disk or the network must answer (docs/storage.md)."""
     prefetch: int = Field(2, ge=0)
     """Global batches read ahead while one trains; 0 or false reads each when it is needed, true is 1."""
     threads: int = Field(1, ge=1)

@@ -23,6 +23,7 @@ from engine import _csrc
 from engine.data.blend import SURPLUS, Blend, count_sources, normalize, parse_blend
 from engine.data.indexed import DataError, IndexedCorpus
 from engine.data.pretraining import GPTSamples, split_documents
+from engine.data.storage import is_remote, open_corpus
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def build_mixture(
     """
     lists = [data.train, *(phase.train for phase in data.phases)]
     prefixes = _union([*lists, *([data.replay] if data.replay else [])])
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    corpora = [open_corpus(prefix, data.storage, cache_dir) for prefix in prefixes]
     parts = [_documents(corpus, data.split) for corpus in corpora]
     place = {_identity(prefix): k for k, prefix in enumerate(prefixes)}
     weigh = lambda items: _weights(items, place, corpora, parts, seq_len)  # noqa: E731
@@ -128,7 +129,7 @@ def _union(lists: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _identity(prefix: str) -> str:
-    return os.path.realpath(prefix)
+    return prefix if is_remote(prefix) else os.path.realpath(prefix)
 
 
 def _documents(corpus: IndexedCorpus, split: str) -> np.ndarray:

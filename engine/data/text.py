@@ -138,11 +138,11 @@ def datasets(run, num_train: int, num_valid: int) -> tuple[NextToken, dict[str, 
     is_mixture = bool(data.phases or data.replay)
     num_plain = 0 if is_mixture else num_train
     if data.split:
-        train, valid, _ = build_pretraining(data.train, data.split, seq_len, (num_plain, num_valid, 0), seed, cache, data.one_epoch)
+        train, valid, _ = build_pretraining(data.train, data.split, seq_len, (num_plain, num_valid, 0), seed, cache, data.one_epoch, data.storage)
         named = {"valid": valid} if num_valid else {}
     else:
-        train, _, _ = build_pretraining_per_split((data.train, None, None), seq_len, (num_plain, 0, 0), seed, cache, data.one_epoch)
-        named = {name: build_pretraining_per_split((None, blend, None), seq_len, (0, num_valid, 0), seed, cache)[1]
+        train, _, _ = build_pretraining_per_split((data.train, None, None), seq_len, (num_plain, 0, 0), seed, cache, data.one_epoch, data.storage)
+        named = {name: build_pretraining_per_split((None, blend, None), seq_len, (0, num_valid, 0), seed, cache, storage=data.storage)[1]
                  for name, blend in data.valid.items()} if num_valid else {}
     if is_mixture:
         train = build_mixture(data, seq_len, num_train, seed, cache)

@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.hpp)
 
-.PHONY: help setup test parity bench quickstart clean
+.PHONY: help setup test test-extras parity bench quickstart clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -16,6 +16,7 @@ help:
 	@echo "make setup       .venv, torch, dependencies, csrc"
 	@echo "make quickstart  corpus -> tokenizer -> pretraining on 2 CPU ranks -> curve -> Hugging Face folder -> sample"
 	@echo "make test        the whole test suite"
+	@echo "make test-extras tests of optional packages (NVIDIA DALI), which it installs into .venv"
 	@echo "make parity      every layout against one rank; writes docs/parity.md"
 	@echo "make bench       every benchmark"
 	@echo "make clean       build outputs and the quickstart's work folder (.venv stays)"
@@ -43,6 +44,15 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 test: $(VENV)/.installed
 	$(PY) -m pytest tests
 
+# A second stamp, so that the suite itself stays without them.
+$(VENV)/.extras: $(VENV)/.installed
+	@echo "installing NVIDIA DALI"
+	$(PIP) install -q -c constraints.txt nvidia-dali-cuda130
+	@touch $@
+
+test-extras: $(VENV)/.extras
+	$(PY) -m pytest tests/extras
+
 parity: $(VENV)/.installed
 	$(PY) tests/parity_table.py --write docs/parity.md
 
@@ -52,5 +62,5 @@ bench: $(VENV)/.installed
 include examples/quickstart/steps.mk
 
 clean:
-	rm -rf build dist *.egg-info engine/_csrc*.so examples/*/work $(VENV)/.installed
+	rm -rf build dist *.egg-info engine/_csrc*.so examples/*/work $(VENV)/.installed $(VENV)/.extras
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

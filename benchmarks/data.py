@@ -15,7 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
-NAMES = ("preprocess", "indices", "blend", "loader", "dedup")
+NAMES = ("preprocess", "indices", "blend", "loader", "wait", "dedup")
 HEADER = ("work", "peer", "peer s", "our s", "peer CPU s", "our CPU s", "ratio", "goal", "note")
 
 

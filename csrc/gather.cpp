@@ -1,11 +1,9 @@
 #include "gather.hpp"
 
 #include <algorithm>
-#include <exception>
-#include <thread>
-#include <vector>
 
 #include "error.hpp"
+#include "workers.hpp"
 
 namespace trireme {
 
@@ -44,43 +42,24 @@ void gather_row(const Corpus& corpus, const SampleTable<Index>& table, int64_t r
     if (filled != width) refuse(corpus, message("sample ", row, " holds ", filled, " tokens, expected ", width));
 }
 
-template <class Index>
-void gather_rows(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t begin, int64_t end,
-                 int64_t* tokens, int32_t* segments) {
-    visit_tokens(corpus, [&](auto* type) {
-        using Token = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        for (int64_t i = begin; i < end; ++i) {
-            gather_row<Token>(corpus, table, rows[i], tokens + i * (table.seq_len + 1),
-                              segments == nullptr ? nullptr : segments + i * table.seq_len);
-        }
-    });
-}
-
 }  // namespace
 
 template <class Index>
-void gather(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t num_rows,
-            int64_t* tokens, int32_t* segments, int num_threads) {
-    const int64_t num_workers = std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_rows, 1));
-    if (num_workers == 1) return gather_rows(corpus, table, rows, 0, num_rows, tokens, segments);
-    std::vector<std::exception_ptr> errors(num_workers);  // an exception may not leave a thread
-    std::vector<std::thread> workers;
-    for (int64_t w = 0; w < num_workers; ++w) {
-        workers.emplace_back([&, w] {
-            try {
-                gather_rows(corpus, table, rows, num_rows * w / num_workers, num_rows * (w + 1) / num_workers, tokens, segments);
-            } catch (...) {
-                errors[w] = std::current_exception();
+void gather(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t num_rows, const Block& out, int num_threads) {
+    const int64_t num_tasks = std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(num_rows, 1));
+    run_tasks(num_threads, num_tasks, [&](int64_t task) {
+        visit_tokens(corpus, [&](auto* type) {
+            using Token = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+            for (int64_t i = num_rows * task / num_tasks; i < num_rows * (task + 1) / num_tasks; ++i) {
+                const int64_t place = out.places == nullptr ? i : out.places[i];
+                gather_row<Token>(corpus, table, rows[i], out.tokens + place * (table.seq_len + 1),
+                                  out.segments == nullptr ? nullptr : out.segments + place * table.seq_len);
             }
         });
-    }
-    for (auto& worker : workers) worker.join();
-    for (const auto& error : errors) {
-        if (error) std::rethrow_exception(error);
-    }
+    });
 }
 
-template void gather<int32_t>(const Corpus&, const SampleTable<int32_t>&, const int64_t*, int64_t, int64_t*, int32_t*, int);
-template void gather<int64_t>(const Corpus&, const SampleTable<int64_t>&, const int64_t*, int64_t, int64_t*, int32_t*, int);
+template void gather<int32_t>(const Corpus&, const SampleTable<int32_t>&, const int64_t*, int64_t, const Block&, int);
+template void gather<int64_t>(const Corpus&, const SampleTable<int64_t>&, const int64_t*, int64_t, const Block&, int);
 
 }  // namespace trireme

@@ -19,13 +19,18 @@ struct SampleTable {
     int64_t seq_len;
 };
 
-// segments may be null. A segment id is the running number, from 0, of the document within its row.
+// Where the rows go. The memory is the caller's: a pinned or shared buffer is filled in place.
+struct Block {
+    int64_t* tokens;        // [>= num_rows, seq_len + 1]
+    int32_t* segments;      // [as tokens, seq_len], or null; a segment id is the running number, from 0, of the document within its row
+    const int64_t* places;  // [num_rows] row of the block for each row wanted, all different; null: the same order
+};
+
 // Throws DataError when an index does not fit the corpus (a stale or damaged cache).
 template <class Index>
-void gather(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t num_rows,
-            int64_t* tokens, int32_t* segments, int num_threads);
+void gather(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t num_rows, const Block& out, int num_threads);
 
-extern template void gather<int32_t>(const Corpus&, const SampleTable<int32_t>&, const int64_t*, int64_t, int64_t*, int32_t*, int);
-extern template void gather<int64_t>(const Corpus&, const SampleTable<int64_t>&, const int64_t*, int64_t, int64_t*, int32_t*, int);
+extern template void gather<int32_t>(const Corpus&, const SampleTable<int32_t>&, const int64_t*, int64_t, const Block&, int);
+extern template void gather<int64_t>(const Corpus&, const SampleTable<int64_t>&, const int64_t*, int64_t, const Block&, int);
 
 }  // namespace trireme

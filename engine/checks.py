@@ -7,7 +7,7 @@ Left out: limits that only data or a device can tell; those are raised where the
 
 from engine import adapters
 from engine.config import Unreadable, nearest
-from engine.stages import STAGES, ladder
+from engine.stages import STAGES, TEXT, ladder
 
 
 def cross_checks(run, world_size: int | None) -> list[str]:
@@ -18,7 +18,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _sequence_parallel, _overlap, _backend,
-              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
+              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
@@ -333,6 +333,20 @@ def _corpora(run):
         yield "data.train is empty; name at least one corpus prefix (data_tools/preprocess.py writes them)"
     if data.split and data.valid:
         yield "data.split cuts the validation set out of data.train, but data.valid names one too; use one of them"
+
+
+READ_ELSEWHERE = (*TEXT, "sft", "reward")  # whose datasets nothing but loaders looks at: engine/stage.py, datasets_stay_with_reader
+
+
+def _buffers(run):
+    data = run.data
+    if data.buffer == "pinned" and run.run.device == "cpu":
+        yield "data.buffer=pinned is memory that a GPU copies from, but run.device=cpu; set data.buffer=auto"
+    if data.buffer == "shared" and data.read_on != "first_rank":
+        yield "data.buffer=shared passes batches from the rank that reads to the others, but data.read_on=every_rank; set data.read_on=first_rank"
+    if data.read_on == "first_rank" and run.stage in STAGES and run.stage not in READ_ELSEWHERE:
+        yield (f"data.read_on=first_rank is for {', '.join(READ_ELSEWHERE)}, but stage={run.stage} looks at its data on every rank; "
+               "set data.read_on=every_rank")
 
 
 def _eod(run):

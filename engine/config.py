@@ -233,8 +233,16 @@ class Data(Section):
     """Refuse to read any token twice."""
     cache_dir: str = ""
     """Folder of the index cache; empty means run.dir/index_cache."""
-    prefetch: bool = True
-    """Build the next global batch while this one trains."""
+    prefetch: int = Field(2, ge=0)
+    """Global batches read ahead while one trains; 0 or false reads each when it is needed, true is 1."""
+    threads: int = Field(1, ge=1)
+    """C++ threads that gather a batch of text."""
+    buffer: Literal["auto", "plain", "pinned", "shared"] = "auto"
+    """Host memory batches are read into: auto is pinned for a GPU, else plain; shared: what ranks of one machine map (read_on=first_rank)."""
+    read_on: Literal["every_rank", "first_rank"] = "every_rank"
+    """Who reads: every rank its own batches, or the first of the tp * pp * cp ranks that share them, which passes them on."""
+    feed: Literal["auto", "copy", "dali"] = "auto"
+    """How batches reach a GPU: auto and copy from pinned memory on a stream of their own; dali through NVIDIA DALI."""
 
 
 class Rampup(Section):

@@ -7,7 +7,7 @@
     log.close("done")
 
 A record is a dict of plain numbers with at least: step, loss, grad_norm, lr, consumed_samples, tokens (of this step),
-step_time_s, tokens_per_s. Known beside them: global_batch, tflops_per_device, mfu, peak_memory_gib, loss_scale, num_zeros,
+step_time_s, tokens_per_s. Known beside them: data_wait_s (of it: waiting for data), global_batch, tflops_per_device, mfu, peak_memory_gib, loss_scale, num_zeros,
 params_norm, skipped (true where the loss scaler skipped the update), moe (a dict of losses). Anything else is written too,
 nested dicts included; TensorBoard names those outer/inner.
 

@@ -113,6 +113,14 @@ class Stage:
     validates_loss: bool = True
     """False: validation measures (`measure`, of batches as the dataset gives them) and knows no loss."""
 
+    datasets_stay_with_reader: bool = False
+    """True: nothing but loaders looks at the datasets, so that with data.read_on=first_rank the other ranks need not open them; `begin`
+    gets stand-ins there that know their length alone."""
+
+    reads_text_everywhere: bool = True
+    """False: `count` asks for the loss mask alone, so that with data.read_on=first_rank a rank in the middle of the pipeline may get zeros
+    for tokens and labels."""
+
     rows_alike: int = 1
     """As many neighbouring rows (pairs: 2) may begin alike, and `ends` [b] says where each row's last token is: the engine then computes what
     they share once. Outputs at places behind `ends` mean nothing."""

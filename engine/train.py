@@ -23,7 +23,10 @@ import torch.nn.functional as F
 from engine import metrics, schedule
 from engine.checks import cross_checks
 from engine.config import ConfigError
-from engine.data.loader import Loader, Prefetcher
+from engine.data import feed as moving
+from engine.data.buffers import Pool
+from engine.data.loader import Loader, Prefetcher, outline
+from engine.data.replica import Replica
 from engine.log import RunLog
 from engine.mcore import build, checkpoint, observe, topology
 from engine.mcore.average import Average
@@ -57,6 +60,8 @@ def train(run) -> Position:
 class Trainer:
     """The parts of one run on this rank. A stage may ask it for a `loader`, to `spread` a batch, and for a `frozen` network."""
 
+    copies = replica = None  # engine/data/feed.py's, and replica.py's where one rank reads for others
+
     def __init__(self, run, stage, place, log=None):
         self.run, self.stage, self.place, self.log = run, stage, place, log
 
@@ -64,6 +69,7 @@ class Trainer:
         """The loop."""
         run, stage, place, log = self.run, self.stage, self.place, self.log
         log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
+        self.copies = moving.open_copies(run, place.device)
         self.models = {name: self._network(name, role) for name, role in stage.roles.items()}
         self.trained = {name: model for name, model in self.models.items() if stage.roles[name].train}
         self.first, *_ = self.trained.values()  # what a checkpoint is of; it holds the others beside it
@@ -77,7 +83,7 @@ class Trainer:
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
-        with Feed(run, loader, position, stage.draws_freely) as feed:
+        with Feed(run, loader, position, stage.draws_freely, self.copies) as feed:
             while position.step < schedule.planned_steps(run.train) and not self.has_reached_goal:
                 feed.step = position.step + 1
                 lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
@@ -92,7 +98,8 @@ class Trainer:
                             updates.add(name, batch, result, norm)
                 before, position = position, feed.position(position)
                 self.average.after_step(position.step)
-                log.step({**_record(run, place, before, position, updates, lr, clock.lap(), self.first), **stage.report()})
+                record = _record(run, place, before, position, updates, lr, clock.lap(), self.first)
+                log.step({**record, "data_wait_s": feed.waited(), **stage.report()})
                 if _due(run.train.eval_every, position.step):
                     self._validate(position)
                 if _due(run.checkpoint.save_every, position.step):
@@ -107,14 +114,19 @@ class Trainer:
         found = stage.finish(run, self.first)
         if found:
             log.measured(run.stage, position.step, found)
+        if self.replica:
+            log.note(f"data: {sum(one.num_samples_read for one in (loader, *self.validation.values()))} samples read on this rank, "
+                     f"{self.replica.num_bytes_received} bytes received")
+            self.replica.close()
         return position
 
     # --- what stages may ask for ----------------------------------------------------------------------------------------
 
-    def loader(self, dataset) -> Loader:
-        """This replica's micro-batches of a dataset."""
+    def loader(self, dataset, pool: Pool | None = None, line=None) -> Loader:
+        """This replica's micro-batches of a dataset. line: where only its first rank has that."""
         run, place = self.run, self.place
-        return Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, place.sequence_multiple(run))
+        return Loader(dataset, run.train.micro_batch, place.dp_rank, place.dp, place.sequence_multiple(run), pool, line,
+                      text_to_ends=not self.stage.reads_text_everywhere)
 
     def spread(self, whole: Batch, micro_batch: int) -> list[Batch]:
         """This replica's micro-batches of a global batch that every rank knows, tensors of [rows, s] or [rows]. Neighbouring rows go to
@@ -147,7 +159,7 @@ class Trainer:
         if role.head == "scalar" and name in run.checkpoint.roles and name != next(iter(self.stage.roles)):
             run = _of_checkpoint(run, name, source)  # a reward model, and the critic made of it, may have sizes of their own
         adapters = checkpoint.read_config(source).lora if source and not role.train else None
-        return ParallelModel(run, self.place, self.stage, name, role, adapters)
+        return ParallelModel(run, self.place, self.stage, name, role, adapters, self.copies)
 
     def _source(self, name: str, run) -> Path | None:
         """The checkpoint folder that a role starts from; None for initial weights."""
@@ -201,11 +213,33 @@ class Trainer:
 
     def _loaders(self) -> tuple[Loader, dict[str, Loader]]:
         """The training loader, long enough for every planned step, and one per validation set."""
-        run = self.run
-        num_train = schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train)
-        train, valid = self.stage.datasets(run, max(num_train, 1), _num_valid(run))
+        run, place = self.run, self.place
+        kind = moving.buffer_kind(run, place.device)
+        if run.data.read_on == "first_rank":
+            if not self.stage.datasets_stay_with_reader:
+                raise ConfigError([f"data.read_on=first_rank, but stage={run.stage} looks at its data on every rank; set data.read_on=every_rank"])
+            if place.tp * place.pp * place.cp > 1:
+                self.replica = Replica(place, run.run.timeout_minutes, not self.stage.reads_text_everywhere, kind == "shared")
+        train, valid = self._datasets()
         self.stage.begin(run, self, [train, *valid.values()])
-        return self.loader(train), {name: self.loader(dataset) for name, dataset in valid.items()}
+        ahead, now = (self.replica.ahead, self.replica.now) if self.replica else (None, None)
+        pools = Pool(kind), Pool("shared" if kind == "shared" else "plain")  # a validation batch is waited for, so pinning it would gain nothing
+        return self.loader(train, pools[0], ahead), {name: self.loader(dataset, pools[1], now) for name, dataset in valid.items()}
+
+    def _datasets(self):
+        """The stage's, or on a rank that is told its batches by another their outlines."""
+        run, found = self.run, None
+        num_train = max(schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train), 1)
+
+        def outlines():
+            nonlocal found
+            found = train, valid = self.stage.datasets(run, num_train, _num_valid(run))
+            return outline(train), {name: outline(dataset) for name, dataset in valid.items()}
+
+        if not self.replica:
+            return self.stage.datasets(run, num_train, _num_valid(run))
+        told = self.replica.told(outlines)
+        return found or told
 
     def _relative_rate(self, name: str) -> float:
         """The learning rate of a role, as a multiple of the run's."""
@@ -298,24 +332,40 @@ class Feed:
 
     ahead = 0
 
-    def __init__(self, run, loader, position: Position, freely: bool):
-        self.run, self.step = run, position.step
+    def __init__(self, run, loader, position: Position, freely: bool, copies=None):
+        self.run, self.step, self._waited = run, position.step, 0.0
         self._ends = [position.consumed_samples]  # of the global batches taken, from the last one that an earlier step used
         planned = None if freely else schedule.planned_steps(run.train) - position.step
         taken, read = (_global_batches(run.train, position.consumed_samples, planned) for _ in range(2))
         self._sizes = taken
-        self._batches = Prefetcher(loader, read) if run.data.prefetch else (loader.batches(*where) for where in read)
+        start = copies.start if copies else lambda micro_batches: None
+        self._batches = Prefetcher(loader, read, run.data.prefetch, start) if run.data.prefetch else self._one_by_one(loader, read, start)
+
+    @staticmethod
+    def _one_by_one(loader, positions, start):
+        for position in positions:
+            found = loader.batches(*position)
+            start(found)
+            yield found
 
     def __next__(self):
+        started = time.perf_counter()
         micro_batches = next(self._batches)
+        self._waited += time.perf_counter() - started
         self._ends.append(sum(next(self._sizes)))
         return micro_batches
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._batches.close()
+    def __exit__(self, *error):
+        if self.run.data.prefetch:
+            self._batches.__exit__(*error)
+
+    def waited(self) -> float:
+        """Seconds that the loop has waited for data since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def position(self, before: Position) -> Position:
         """Where the run stands after the step underway."""

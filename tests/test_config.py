@@ -146,6 +146,12 @@ REFUSALS = [
     (["data.train=[]"], None, "data.train is empty; name at least one corpus prefix (data_tools/preprocess.py writes them)"),
     (["data.split='9,1'", "data.valid.pile=[x]"], None,
      "data.split cuts the validation set out of data.train, but data.valid names one too; use one of them"),
+    (["data.buffer=pinned", "run.device=cpu"], None,
+     "data.buffer=pinned is memory that a GPU copies from, but run.device=cpu; set data.buffer=auto"),
+    (["data.buffer=shared"], None, "data.buffer=shared passes batches from the rank that reads to the others, but data.read_on=every_rank; set "
+     "data.read_on=first_rank"),
+    (["stage=dpo", "data.read_on=first_rank"], None, "data.read_on=first_rank is for pretrain, continued, long_context, anneal, sft, reward, but "
+     "stage=dpo looks at its data on every rank; set data.read_on=every_rank"),
     (["data.reset_at_eod=true"], None, "data.reset_at_eod and eod_mask_loss need the end-of-document token; set data.tokenizer or data.eod_id"),
     (["data.eod_id=1000"], None, "data.eod_id(1000) is beyond model.vocab_size(1000)"),
     (["train.eval_every=5"], None, "train.eval_every is set but train.eval_samples is 0; set how many samples a validation reads"),
@@ -223,7 +229,7 @@ LEGAL = [
     (["model.hidden_size=68", "model.head_dim=16"], None), (["schedule.kind=constant", "schedule.warmup_steps=100"], None),
     (["schedule.kind=wsd", "schedule.wsd_decay_steps=98", "schedule.warmup_steps=2"], None), (["schedule.init_lr=1"], None),
     (["train.rampup={start: 4, increment: 4, samples: 100}"], 4), (["data.split='9,1,0'", "train.eval_samples=8"], None),
-    (["data.reset_at_eod=true", "data.eod_id=999"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true", "parallel.zero1=true"], None),
+    (["data.reset_at_eod=true", "data.eod_id=999"], None), (["data.read_on=first_rank", "data.buffer=shared", "data.prefetch=true"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true", "parallel.zero1=true"], None),
     (["model.position=learned", "model.max_position=64"], None), (["model.position=none", "model.head_dim=9"], None),
 ]
 

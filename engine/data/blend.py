@@ -101,6 +101,15 @@ class Blend:
                 tokens[is_from_k] = self.datasets[k].gather(samples[is_from_k])
         return (tokens, ids) if segments else tokens
 
+    def gather_into(self, sample_numbers: np.ndarray, tokens: np.ndarray, places: np.ndarray | None = None, num_threads: int = 1) -> None:
+        """As GPTSamples.gather_into."""
+        numbers = np.asarray(sample_numbers, dtype=np.int64)
+        check_sample_numbers(numbers, len(self), "the blend")
+        sources, samples = self.dataset_index[numbers], self.dataset_sample_index[numbers]
+        for k in np.unique(sources):
+            of_k = np.flatnonzero(sources == k)
+            self.datasets[k].gather_into(samples[of_k], tokens, of_k if places is None else places[of_k], num_threads)
+
     def counts(self, upto: int) -> np.ndarray:
         """How many of the first `upto` samples each dataset gives; int64 [datasets]."""
         return count_sources(self.dataset_index[:upto], len(self.datasets))

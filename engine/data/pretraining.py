@@ -115,6 +115,13 @@ class GPTSamples:
         )
         return (tokens, ids) if segments else tokens
 
+    def gather_into(self, sample_numbers: np.ndarray, tokens: np.ndarray, places: np.ndarray | None = None, num_threads: int = 1) -> None:
+        """Write the samples into tokens, int64 [n, seq_len + 1], C-contiguous; with places (int64 [n]) sample i into row places[i], and
+        tokens may have more rows. The GIL is let go meanwhile. Raises DataError beyond the last sample."""
+        rows = self._rows(sample_numbers)
+        _csrc.gather(self.corpus.mapped, self.document_index, self.sample_index, rows, self.seq_len, False, num_threads,
+                     tokens_out=tokens, places=places)
+
     def documents_of(self, j: int) -> list[tuple[int, int, int]]:
         """Where sample j comes from: (document number, first token within it, number of tokens), seq_len + 1 in all."""
         row = int(self._rows(np.array([j]))[0])

@@ -8,32 +8,34 @@ Left out: which sample is which text (engine/data/pretraining.py and blend.py), 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.data.blend import build_pretraining, build_pretraining_per_split
+from engine.data.buffers import Shapes
 from engine.data.indexed import DataError
 from engine.data.mixture import build_mixture
 from engine.stage import Batch
 
 
 class NextToken:
-    """A dataset of `engine.stage.Dataset` over samples with len(), seq_len and gather() (GPTSamples or Blend).
+    """A dataset of `engine.stage.Dataset` over samples with len(), seq_len and gather() or gather_into() (GPTSamples or Blend).
 
     reset_at_eod: positions restart after each EOD input token, and segment_ids tell documents apart.
-    eod_mask_loss: no loss where the input is EOD. vocab_size: refuse ids outside it.
+    eod_mask_loss: no loss where the input is EOD. vocab_size: refuse ids outside it. num_threads: C++ threads that gather.
     Raises DataError when an EOD option is set without eod_id.
     """
 
     def __init__(self, samples, eod_id: int | None = None, reset_at_eod: bool = False, eod_mask_loss: bool = False,
-                 vocab_size: int | None = None) -> None:
+                 vocab_size: int | None = None, num_threads: int = 1) -> None:
         if eod_id is None and (reset_at_eod or eod_mask_loss):
             raise DataError("reset_at_eod and eod_mask_loss need eod_id; give the tokenizer's end-of-document id")
         self.samples, self.seq_len = samples, samples.seq_len
         self.eod_id, self.reset_at_eod, self.eod_mask_loss = eod_id, reset_at_eod, eod_mask_loss
-        self.vocab_size = vocab_size
+        self.vocab_size, self.num_threads = vocab_size, num_threads
 
     rows_per_sample = 1
 
@@ -47,9 +49,53 @@ class NextToken:
     def batch(self, sample_numbers: np.ndarray) -> Batch:
         """tokens, labels, position_ids int64 [b, s]; loss_mask float32 [b, s]; with reset_at_eod also segment_ids int32 [b, s],
         the number of EOD inputs before each position. Raises DataError for ids outside the vocabulary."""
-        text = self.samples.gather(sample_numbers)  # [b, seq_len + 1]
-        self._check_ids(text, sample_numbers)
-        return self._batch(text)
+        fields = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self.shapes(len(sample_numbers)).items()}
+        self.read(sample_numbers, fields["text"])
+        return self.complete(fields)
+
+    # --- the same in three parts, for memory that is there already (loader.py) --------------------------------------------
+
+    def shapes(self, num_rows: int) -> Shapes:
+        """What a batch is made of: `text`, which is read, and the tensors of the batch, which follow from it."""
+        shape = (num_rows, self.seq_len)
+        shapes = {"text": ((num_rows, self.seq_len + 1), torch.int64), "tokens": (shape, torch.int64), "labels": (shape, torch.int64),
+                  "loss_mask": (shape, torch.float32), "position_ids": (shape, torch.int64)}
+        return {**shapes, "segment_ids": (shape, torch.int32)} if self.reset_at_eod else shapes
+
+    @property
+    def masks_follow_from_text(self) -> bool:
+        """False: but for tokens and labels, every batch is the same."""
+        return self.reset_at_eod or self.eod_mask_loss
+
+    def read(self, sample_numbers: np.ndarray, text: torch.Tensor) -> None:
+        """Fill text [b, s + 1], in place. Raises DataError for ids outside the vocabulary."""
+        rows = text.numpy()
+        if hasattr(self.samples, "gather_into"):
+            self.samples.gather_into(sample_numbers, rows, num_threads=self.num_threads)
+        else:
+            rows[:] = self.samples.gather(sample_numbers)
+        self._check_ids(rows, sample_numbers)
+
+    def complete(self, fields: Batch) -> Batch:
+        """Fill in the other fields from `text`; the batch that they are."""
+        arrays = {name: tensor.numpy() for name, tensor in fields.items()}
+        text, tokens = arrays.pop("text"), arrays["tokens"]
+        np.copyto(tokens, text[:, :-1])
+        np.copyto(arrays["labels"], text[:, 1:])
+        arrays["loss_mask"].fill(1)
+        np.copyto(arrays["position_ids"], np.arange(self.seq_len))
+        if self.masks_follow_from_text:
+            is_eod = tokens == self.eod_id
+            if self.eod_mask_loss:
+                arrays["loss_mask"][is_eod] = 0
+            if self.reset_at_eod:
+                arrays["position_ids"] -= segment_starts(is_eod)
+                np.copyto(arrays["segment_ids"], np.cumsum(is_eod, axis=1) - is_eod, casting="same_kind")
+        return {name: fields[name] for name in arrays}
+
+    def outline(self) -> NextToken:
+        """The same without its samples: what a rank needs that is told `text` by another. It can be pickled."""
+        return NextToken(Absent(len(self.samples), self.seq_len), self.eod_id, self.reset_at_eod, self.eod_mask_loss, self.vocab_size)
 
     def _check_ids(self, text: np.ndarray, numbers: np.ndarray) -> None:
         if self.vocab_size is None or (text.min() >= 0 and text.max() < self.vocab_size):
@@ -60,19 +106,16 @@ class NextToken:
             f"(0 to {self.vocab_size - 1}); the corpus was probably written with another tokenizer than the model's"
         )
 
-    def _batch(self, text: np.ndarray) -> Batch:
-        tokens = np.ascontiguousarray(text[:, :-1])
-        is_eod = tokens == self.eod_id if self.eod_id is not None else np.zeros(tokens.shape, dtype=bool)
-        batch = {
-            "tokens": tokens,
-            "labels": np.ascontiguousarray(text[:, 1:]),
-            "loss_mask": (~is_eod).astype(np.float32) if self.eod_mask_loss else np.ones(tokens.shape, dtype=np.float32),
-            "position_ids": np.tile(np.arange(self.seq_len), (tokens.shape[0], 1)),
-        }
-        if self.reset_at_eod:
-            batch["position_ids"] -= segment_starts(is_eod)
-            batch["segment_ids"] = (np.cumsum(is_eod, axis=1) - is_eod).astype(np.int32)
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+@dataclass(frozen=True)
+class Absent:
+    """Samples that lie with another rank: how many there are, and nothing to read."""
+
+    num_samples: int
+    seq_len: int
+
+    def __len__(self) -> int:
+        return self.num_samples
 
 
 def segment_starts(is_eod: np.ndarray) -> np.ndarray:
@@ -90,7 +133,8 @@ def datasets(run, num_train: int, num_valid: int) -> tuple[NextToken, dict[str, 
     """
     data, seq_len, seed = run.data, run.train.seq_len, run.run.seed
     cache = data.cache_dir or str(Path(run.run.dir) / "index_cache")
-    options = dict(eod_id=_eod_id(run), reset_at_eod=data.reset_at_eod, eod_mask_loss=data.eod_mask_loss, vocab_size=run.model.vocab_size)
+    options = dict(eod_id=_eod_id(run), reset_at_eod=data.reset_at_eod, eod_mask_loss=data.eod_mask_loss, vocab_size=run.model.vocab_size,
+                   num_threads=data.threads)
     is_mixture = bool(data.phases or data.replay)
     num_plain = 0 if is_mixture else num_train
     if data.split:

@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+from engine.data.feed import moved
 from engine.mcore import build, generate, masks, shared, tune
 from engine.sampling import Generated, Sampling
 from engine.stage import Role
@@ -86,10 +87,12 @@ class ParallelModel:
 
     last: dict[str, float] = {}  # see engine/stage.py
 
-    def __init__(self, run, topology, stage, name: str, role: Role = Role(), adapters_of=None):
-        """Of a role that does not train no optimizer and no gradients are built. adapters_of: see build.for_role."""
+    def __init__(self, run, topology, stage, name: str, role: Role = Role(), adapters_of=None, copies=None):
+        """Of a role that does not train no optimizer and no gradients are built. adapters_of: see build.for_role. copies: what has begun to
+        move batches to the device, see engine/data/feed.py."""
         run = build.for_role(run, role.train, role.head, adapters_of)
         self.run, self.topology, self.stage, self.name, self.role = run, topology, stage, name, role
+        self._to_device = copies.of if copies else partial(moved, device=topology.device)
         self.on_te = build.backend_of(run, topology.device) == "te"
         if self.on_te:
             from engine.mcore import spec_te, tp_overlap
@@ -304,7 +307,7 @@ class ParallelModel:
 
     def _moved(self, batch: dict) -> dict:
         # max_document stays on the host: it is an argument of a kernel launch, not an operand.
-        return {name: t if name == "max_document" else t.to(self.topology.device, non_blocking=True) for name, t in batch.items()}
+        return {name: t if name == "max_document" else self._to_device(t) for name, t in batch.items()}
 
     def _asked(self, batch: dict) -> dict:
         """Places of this cp rank where loss_mask is not 0, in the order of [s / cp, b]; nothing where all or hardly any less are.

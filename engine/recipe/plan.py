@@ -25,7 +25,8 @@ from engine.stages import ALIGN, TEXT, ladder
 SCALAR_STAGES = ("reward",)      # what they save gives one number per token and cannot stand where a language model is loaded
 # What changes how a run is computed, or where it is kept, but not what comes out of it; a finished stage is still the same under others.
 NEUTRAL = ("parallel", "log", "run.dir", "run.device", "run.timeout_minutes", "train.micro_batch", "train.recompute", "train.compile",
-           "train.manual_gc", "data.prefetch", "data.cache_dir", "chat.workers", "checkpoint.save_every")
+           "train.manual_gc", "data.prefetch", "data.threads", "data.buffer", "data.read_on", "data.feed",
+           "data.cache_dir", "chat.workers", "checkpoint.save_every")
 MANY_STEPS = 10**9               # stands for train.steps while the model is read that decides them
 
 

@@ -9,6 +9,9 @@ from engine.stage import Loss, Stage
 
 
 class Pretrain(Stage):
+    datasets_stay_with_reader = True
+    reads_text_everywhere = False
+
     def datasets(self, run, num_train, num_valid):
         return text.datasets(run, num_train, num_valid)
 

@@ -14,6 +14,7 @@ from engine.stage import Loss, Role, Stage
 
 
 class Reward(Stage):
+    datasets_stay_with_reader = True
     roles = {"policy": Role(head="scalar")}
     rows_alike = 2
 

@@ -13,6 +13,8 @@ from engine.stage import Loss, Stage
 
 
 class Sft(Stage):
+    datasets_stay_with_reader = True
+
     def configure(self, run):
         self.asks_exact_match = run.chat.exact_match
         return conversations.configured(run)

@@ -246,7 +246,7 @@ class Trainer:
     def _ledger(self, dataset, position: Position) -> Ledger:
         """What was read of each source so far."""
         ledger = Ledger(dataset)
-        ledger.begin(position.consumed_samples, history(self.run)[0])
+        ledger.begin(position.consumed_samples, *history(self.run))
         return ledger
 
     def _read(self, position: Position) -> dict:

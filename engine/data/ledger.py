@@ -2,7 +2,7 @@
 
     ledger = Ledger(dataset)
     ledger.check(*history(run))                              # where a run goes on: before anything else is done
-    ledger.begin(position.consumed_samples, history(run)[0])
+    ledger.begin(position.consumed_samples, *history(run))
     record |= ledger.record(consumed_samples)      # {"sources": {"web": {"samples": 700, "tokens": 22400, "epochs": 0.35}, ...}}
     state |= ledger.state(consumed_samples)        # what a checkpoint keeps, for `history` to find
 
@@ -71,7 +71,7 @@ class Ledger:
         self.names = names_of(self.samples)
         self.seq_len = self.sources[0].seq_len if self.sources else 0
         self._counted, self._counts = 0, np.zeros(len(self.sources), dtype=np.int64)
-        self._before: dict[str, tuple[int, int]] = {}      # samples and tokens that this configuration's order does not account for
+        self._before: dict[str, tuple[int, int]] = {}      # samples and tokens that this run's own order does not account for
 
     def counts(self, upto: int) -> np.ndarray:
         """Samples of each source among the first `upto`, int64 [sources]; what is new since the last call is counted."""
@@ -105,7 +105,7 @@ class Ledger:
             return {}
         read = {name: {"samples": samples, "tokens": tokens} for name, (samples, tokens) in self.read(consumed).items()}
         orders = {name: order for name, order in self._orders().items() if read[name]["samples"]}
-        return {"ledger": {"consumed_samples": consumed, "read": read, "orders": orders}}
+        return {"ledger": {"consumed_samples": consumed, "read": read, "before": self._before, "orders": orders}}
 
     def check(self, saved: Mapping, is_same_run: bool) -> None:
         """Would this configuration have read what `saved` (of `history`) says was read? Warns of what it cannot go on with as if never stopped.
@@ -115,8 +115,8 @@ class Ledger:
         consumed = saved["consumed_samples"]
         if not self._reaches(consumed):
             return
-        then, now = _pairs(saved), self._now(consumed)
-        if self._agrees(saved):
+        then, now = _claims(saved, is_same_run), self._now(consumed)
+        if self._agrees(then, saved):
             self._tell_other_orders(saved["orders"])
             return
         text = _difference(then, now, consumed)
@@ -126,12 +126,15 @@ class Ledger:
                             "checkpoint.load, and checkpoint.load_position=false")
         log.warning("%s. The run goes on in the order of its own mixture, from sample %d, and its ledger with what was read", text, consumed)
 
-    def begin(self, consumed: int, saved: Mapping | None) -> None:
-        """Stand at `consumed` samples, of which `saved` says what they were."""
-        if saved is None or saved["consumed_samples"] != consumed or not self._reaches(consumed) or self._agrees(saved):
+    def begin(self, consumed: int, saved: Mapping | None, is_same_run: bool) -> None:
+        """Stand at `consumed` samples, of which `saved` says what they were; `check` has passed."""
+        if saved is None or saved["consumed_samples"] != consumed or not self._reaches(consumed):
             return
-        then, now = _pairs(saved), self._now(consumed)
-        self._before = {name: tuple(a - b for a, b in zip(then.get(name, (0, 0)), now.get(name, (0, 0)))) for name in {*then, *now}}
+        if is_same_run:
+            self._before = {name: tuple(pair) for name, pair in saved["before"].items()}
+        elif not self._agrees(then := _claims(saved, is_same_run), saved):
+            now = self._now(consumed)
+            self._before = {name: tuple(a - b for a, b in zip(then.get(name, (0, 0)), now.get(name, (0, 0)))) for name in {*then, *now}}
 
     def _reaches(self, consumed: int) -> bool:
         """False for a run that is over before that, for which no order was made so far."""
@@ -141,9 +144,9 @@ class Ledger:
         """What this configuration alone would have read."""
         return {name: pair for name, pair in self.read(consumed).items() if pair[0]}
 
-    def _agrees(self, saved: Mapping) -> bool:
+    def _agrees(self, then: Mapping, saved: Mapping) -> bool:
         """The same counts of the same names, or of corpora that differ in nothing but their names: they were moved."""
-        then, now, ours = _pairs(saved), self._now(saved["consumed_samples"]), self._orders()
+        now, ours = self._now(saved["consumed_samples"]), self._orders()
         kind = lambda read, orders: sorted((pair, orders[name]["tokens"] if name in orders else 0) for name, pair in read.items())  # noqa: E731
         return then == now or not then.keys() & now.keys() and kind(then, saved["orders"]) == kind(now, ours)
 
@@ -160,9 +163,11 @@ class Ledger:
                         "the corpus, run.seed or train.seq_len is another one; keep them, and give new text a prefix of its own", ", ".join(changed[:MANY]))
 
 
-def _pairs(saved: Mapping) -> dict[str, tuple[int, int]]:
-    """Name -> samples and tokens, of what was read at all."""
-    return {name: (entry["samples"], entry["tokens"]) for name, entry in saved["read"].items() if entry["samples"]}
+def _claims(saved: Mapping, is_same_run: bool) -> dict[str, tuple[int, int]]:
+    """Name -> samples and tokens read, where they are not 0: of its own run without what it took over from the run it began with."""
+    before = saved["before"] if is_same_run else {}
+    found = {name: (entry["samples"] - before.get(name, (0, 0))[0], entry["tokens"] - before.get(name, (0, 0))[1]) for name, entry in saved["read"].items()}
+    return {name: pair for name, pair in found.items() if any(pair)}
 
 
 def _difference(then: Mapping, now: Mapping, consumed: int) -> str:

@@ -58,7 +58,7 @@ def test_a_lone_corpus_and_data_without_sources(prefixes, blend):
     samples = GPTSamples(blend.datasets[0].corpus, np.arange(60), 50, 7, 1, "train")
     assert Ledger(NextToken(samples)).read(20) == {prefixes[0]: (20, 140)}
     ledger = Ledger(object())
-    ledger.begin(10, {"consumed_samples": 10, "read": {}, "orders": {}})
+    ledger.begin(10, {"consumed_samples": 10, "read": {}, "before": {}, "orders": {}}, is_same_run=True)
     assert ledger.record(10) == {} and ledger.state(10) == {}
 
 
@@ -116,13 +116,14 @@ def test_another_run_goes_on_and_its_ledger_keeps_what_was_read(prefixes, caplog
     then = saved(mixture(["1", a]), 20)
     ledger = Ledger(mixture(["1", b, "1", c]))
     text = said(caplog, lambda: ledger.check(then, is_same_run=False))
-    ledger.begin(20, then)
+    ledger.begin(20, then, is_same_run=False)
     assert "a: 20 read, 0 by this configuration" in text and "The run goes on" in text
     assert {name: pair for name, pair in ledger.read(20).items() if pair[0]} == {a: (20, 140)}
     assert ledger.read(30) == {a: (20, 140), b: (5, 35), c: (5, 35)}
-    again = Ledger(mixture(["1", b, "1", c]))  # a checkpoint of that run, which its own configuration does not account for either
+    again = Ledger(mixture(["1", b, "1", c]))  # a checkpoint of that run, whose own configuration does not account for the first 20
     state = json.loads(json.dumps(ledger.state(30)))["ledger"]
-    again.begin(30, state)
+    again.check(state, is_same_run=True)
+    again.begin(30, state, is_same_run=True)
     assert again.read(40) == {a: (20, 140), b: (10, 70), c: (10, 70)}
 
 
@@ -130,7 +131,7 @@ def test_a_run_that_is_over_before_is_not_judged(prefixes):
     a, b, _ = prefixes
     ledger = Ledger(mixture(["1", a, "1", b], num_samples=20))
     ledger.check(saved(mixture(["1", a, "1", b]), 60), is_same_run=True)
-    ledger.begin(60, saved(mixture(["1", a, "1", b]), 60))
+    ledger.begin(60, saved(mixture(["1", a, "1", b]), 60), is_same_run=True)
 
 
 def test_corpora_that_were_moved_are_the_same(prefixes, tmp_path, caplog):
@@ -215,5 +216,5 @@ def test_any_cut_of_a_run_reads_the_same_samples(prefixes, cut, change):
     rows = [first.batch(np.arange(cut))["tokens"], second.batch(np.arange(cut, 150))["tokens"]]
     assert np.array_equal(np.concatenate(rows), whole.batch(np.arange(150))["tokens"])
     ledger = Ledger(second)
-    ledger.begin(cut, saved(first, cut) if cut else None)
+    ledger.begin(cut, saved(first, cut) if cut else None, is_same_run=True)
     assert ledger.read(150) == Ledger(whole).read(150)

@@ -35,7 +35,7 @@ def rows(rounds: int, quick: bool) -> Iterator[Row]:
     share = {name: f"{100 * wait[name] / step[name]:.3f}%" for name in WAYS}
     median = statistics.median(line["step_time_s"] for line in found["ahead"])
     for name in ("ahead", "first_rank"):
-        yield Row(f"wait per step, quickstart, 2 ranks, {name}", "prefetch=0", wait["prefetch=0"], wait[name], None, float("nan"),
+        yield Row(f"wait per step, quickstart, 2 ranks, {name}", "prefetch=0", wait["prefetch=0"], wait[name], None, None,
                   f"{share[name]} of a step", "< 1%", f"prefetch=0: {share['prefetch=0']}; median step {1000 * median:.0f} ms, {len(found[name])} steps")
 
 

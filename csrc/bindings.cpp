@@ -1,7 +1,7 @@
 // The Python face of csrc: engine._csrc. Checks shapes and types, allocates outputs, lets go of the GIL, calls the rest.
 //
 // Arrays are taken as they are (no silent conversion): a wrong dtype or a strided array is a TypeError.
-// Corpora and gathering are bound in bind_corpus.cpp, orders in bind_indices.cpp.
+// Corpora and gathering are bound in bind_corpus.cpp, orders and packing in bind_indices.cpp.
 #include <pybind11/pybind11.h>
 
 #include "bind_corpus.hpp"

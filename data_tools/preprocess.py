@@ -1,176 +1,181 @@
-"""Text to a tokenised corpus: JSON lines or plain text files in, PREFIX_KEY_document.bin and .idx out.
+"""Text to a tokenised corpus: JSON lines, Parquet or text files in, PREFIX_KEY_document.bin and .idx out, byte for byte Megatron's.
 
-  python data_tools/preprocess.py --input web.jsonl.gz book.txt --output-prefix work/web --tokenizer hf:work/tokenizer --append-eod
+  python data_tools/preprocess.py --input 'web/*.jsonl.gz' books/ --output-prefix work/web --tokenizer hf:work/tokenizer --append-eod
 
-Chunks of raw lines are read here, parsed and tokenised in worker processes, and written here in input order, so the output
-does not depend on the number of workers. Every document is either written or reported with its file and line.
-The output appears under its name only when it is complete.
+Blocks of raw lines are read here, parsed and tokenised in worker processes, and written here in input order, so the output
+does not depend on the number of workers. Every document is written, or reported with its file and line in PREFIX_report.jsonl.
+The output appears under its name only when it is complete; the same command goes on where an interrupted one stopped.
+docs/preprocess.md tells the formats, the fast path and what can be asked of the result.
 
-Left out: sentence splitting, filtering and deduplication, several JSON keys at once.
+Left out: sentence splitting, filtering and deduplication.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from data_tools.cli import UsageError, positive, run_tool
 
-MAX_LISTED = 1000  # problems printed one by one; the rest are counted
+MAX_LISTED = 20  # problems printed; the report has all
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="preprocess.py", description="Tokenise text into a corpus of two files, .bin and .idx.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines (a document per line) or text files (a document each); .gz works")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH",
+        help="files, folders and globs, in this order: JSON lines (a document per line), Parquet (per row), text (per file); .gz and .zst work",
+    )  # fmt: skip
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx, and P_report.jsonl")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="the key that holds the text (default: text)")
+    parser.add_argument("--json-key", nargs="+", default=["text"], metavar="KEY", help="the keys or columns that hold text, a corpus each (default: text)")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that tokenise (default: 1)")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document id")
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do at a malformed document (default: stop)")
-    parser.add_argument("--format", choices=("auto", "jsonl", "text"), default="auto", help="input format (default: by the file's suffix)")
+    parser.add_argument("--format", choices=("auto", "jsonl", "text", "parquet"), default="auto", help="input format (default: by the file's suffix)")
+    parser.add_argument(
+        "--fast", choices=("auto", "off"), default="auto", help="tokenise with gigatoken where it gives the tokenizer's own ids, as checked on the corpus"
+    )
+    parser.add_argument("--keep-offsets", action="store_true", help="keep the character at which each token begins (data_tools/origins.py)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A chunk's tokens laid end to end, the length of each document, and what was not used."""
-
-    tokens: bytes
-    lengths: list[int]
-    malformed: list = field(default_factory=list)
-    empty: list = field(default_factory=list)
-
-
-class Encoder:
-    """Parses and tokenises chunks; one per process."""
-
-    def __init__(self, spec: str, json_key: str, append_eod: bool) -> None:
-        from data_tools.tokenizer import load_tokenizer
-        from engine.data.indexed import optimal_dtype
-
-        self.tokenizer = load_tokenizer(spec)
-        self.json_key = json_key
-        self.dtype = optimal_dtype(self.tokenizer.vocab_size)
-        if append_eod and self.tokenizer.eod_id is None:
-            raise UsageError(f"--append-eod: tokenizer {spec!r} names no end-of-document token; add eos_token to its tokenizer_config.json")
-        self.ending = [self.tokenizer.eod_id] if append_eod else []
-
-    def __call__(self, chunk) -> Encoded:
-        import numpy as np
-
-        from data_tools.reader import Problem, parse
-
-        texts, malformed = parse(chunk, self.json_key)
-        documents = self.tokenizer.encode_batch([text for _, text in texts])
-        empty = [Problem(chunk.path, number, "empty document") for (number, _), ids in zip(texts, documents) if not ids]
-        documents = [ids + self.ending for ids in documents if ids]
-        lengths = [len(ids) for ids in documents]
-        flat = np.fromiter(chain.from_iterable(documents), dtype=self.dtype, count=sum(lengths))
-        return Encoded(flat.tobytes(), lengths, malformed, empty)
-
-
-_encoder: Encoder | None = None  # one per worker process: loading a tokenizer costs more than a chunk
-
-
-def _start_worker(*arguments) -> None:
-    global _encoder
-    _encoder = Encoder(*arguments)
-
-
-def _encode(chunk) -> Encoded:
-    return _encoder(chunk)
-
-
-def encode_in_order(chunks: Iterable, encoder: Encoder, workers: int, arguments: tuple) -> Iterator[Encoded]:
-    """Encodes chunks in `workers` processes; results come in input order, and few chunks are in memory at a time."""
-    if workers == 1:
-        yield from map(encoder, chunks)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    from engine.data.indexed import DataError
-
-    # spawn: a forked child would inherit the tokenizer library's thread pool in an unknown state.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, arguments)
-    try:
-        waiting: deque = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode, chunk))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(f"one of {workers} worker processes was killed, most often for memory; use fewer with --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Report:
-    """Counts of documents in and out; lists what was not used on stderr as it comes."""
-
-    def __init__(self) -> None:
-        self.num_written = self.num_malformed = self.num_empty = self.num_tokens = 0
-
-    def add(self, encoded: Encoded) -> None:
-        room = max(0, MAX_LISTED - self.num_malformed - self.num_empty)
-        for problem in (encoded.malformed + encoded.empty)[:room]:
-            print(problem, file=sys.stderr)
-        self.num_malformed += len(encoded.malformed)
-        self.num_empty += len(encoded.empty)
-        self.num_written += len(encoded.lengths)
-        self.num_tokens += sum(encoded.lengths)
-
-    def __str__(self) -> str:
-        num_in = self.num_written + self.num_malformed + self.num_empty
-        return (
-            f"{num_in} documents in: {self.num_written} written ({self.num_tokens} tokens), "
-            f"{self.num_malformed} malformed, {self.num_empty} empty"
-        )
 
 
 def preprocess(args: argparse.Namespace) -> None:
     # Set before the library is loaded: --workers says how many cores are used, not the library's own thread pool.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import numpy as np
-
-    from data_tools.reader import input_format, read_chunks
-    from engine.data.indexed import DataError, IndexedWriter
+    from data_tools.encode import Options, check_eod
+    from data_tools.fast import NoFastPath
+    from data_tools.files import expand, input_format
+    from data_tools.tokenizer import load_tokenizer
+    from data_tools.work import Work
+    from engine.data.indexed import optimal_dtype
 
     started = time.perf_counter()
-    num_bytes = 0
-    for path in args.input:
-        input_format(path, args.format)  # all names are judged before any work is done
-        num_bytes += os.stat(path).st_size
-    arguments = (args.tokenizer, args.json_key, args.append_eod)
-    encoder = Encoder(*arguments)
-    prefix = f"{args.output_prefix}_{args.json_key}_document"
-    report = Report()
-    with IndexedWriter(prefix, encoder.dtype) as writer:
-        for encoded in encode_in_order(read_chunks(args.input, args.format), encoder, args.workers, arguments):
-            report.add(encoded)
-            if encoded.malformed and args.on_error == "stop":
+    paths = expand(args.input, args.format)
+    keys = tuple(dict.fromkeys(args.json_key))
+    if len(keys) > 1 and "text" in (kinds := [input_format(path, args.format) for path in paths]):
+        raise UsageError(f"--json-key {' '.join(keys)}: {paths[kinds.index('text')]} is a text file, which has no keys; give the keys' files alone")
+    options = Options(args.tokenizer, keys, args.append_eod, args.keep_offsets, args.fast == "auto")
+    tokenizer = load_tokenizer(args.tokenizer)
+    check_eod(options, tokenizer)
+    identity = {"inputs": _inputs_hash(paths), "format": args.format, "tokenizer": _tokenizer_hash(args.tokenizer)}
+    identity |= {"keys": keys, "append_eod": args.append_eod, "keep_offsets": args.keep_offsets, "version": 1}
+    work = Work(args.output_prefix, keys, optimal_dtype(tokenizer.vocab_size), args.keep_offsets, identity)
+    if work.started_anew:
+        print(f"{work.folder} was made from other input, options or tokenizer; starting anew", file=sys.stderr)
+    elif work.has_pieces:
+        print(f"going on after {work.state['documents']} documents, {work.state['bytes'] / 1e6:.1f} MB", file=sys.stderr)
+    hashing = hash_in_background(paths, min(args.workers, 8))
+    try:
+        try:
+            fill(work, paths, options, tokenizer, args)
+        except NoFastPath as reason:
+            print(f"fast path left: {reason}; starting again with the tokenizer's own library", file=sys.stderr)
+            work.clear()
+            fill(work, paths, Options(**{**vars(options), "is_fast": False}), tokenizer, args)
+        counts = dict(work.state)
+        outputs = work.finish()
+        hashing.shutdown()
+        write_manifests(args, keys, paths, outputs, counts)
+        work.remove()
+    except KeyboardInterrupt:
+        hashing.shutdown(cancel_futures=True)
+        work.close()
+        print("the same command goes on after the last finished piece", file=sys.stderr)
+        raise
+    except BaseException:
+        hashing.shutdown(cancel_futures=True)
+        work.close()
+        if not work.has_pieces:
+            work.remove()
+        raise
+    seconds = time.perf_counter() - started
+    print(f"{summary(counts)}; {work.dtype.name}, {seconds:.1f} s, {counts['bytes'] / 1e6 / seconds:.1f} MB/s of input")
+    print("\n".join(outputs))
+
+
+def fill(work, paths: list[str], options, tokenizer, args: argparse.Namespace) -> None:
+    """Tokenises what is still missing."""
+    from data_tools.encode import Encoder
+    from data_tools.progress import Progress
+    from data_tools.reader import Position, read_blocks
+    from data_tools.workers import map_in_order
+    from engine.data.indexed import DataError
+
+    if work.state["is_complete"]:
+        return
+    blocks = read_blocks(paths, args.format, options.json_keys, Position(*work.state["position"]))
+    total_bytes = sum(os.stat(path).st_size for path in paths)
+    was_told, num_listed = False, 0
+    with Progress("preprocess", total_bytes - work.state["bytes"], quiet=args.quiet) as progress:
+        for encoded in map_in_order(Encoder, (options, tokenizer if args.workers == 1 else None), blocks, args.workers):
+            if encoded.no_fast_path and not was_told:
+                print(f"no fast path: {encoded.no_fast_path}", file=sys.stderr)
+                was_told = True
+            for problem in encoded.problems[: MAX_LISTED - num_listed]:
+                print(problem, file=sys.stderr)
+                num_listed += 1
+            if encoded.problems and args.on_error == "stop":
                 raise DataError(
-                    f"{len(encoded.malformed)} malformed documents, the first at {encoded.malformed[0]}; "
+                    f"{len(encoded.problems)} malformed documents, the first at {encoded.problems[0]}; "
                     "nothing was written: mend them, or leave them out with --on-error skip"
                 )
-            tokens = np.frombuffer(encoded.tokens, dtype=encoder.dtype)
-            for document in np.split(tokens, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths else []:
-                writer.add_document(document)
-        if report.num_written == 0:
-            raise DataError(f"{report}: no document is left to write; check --input and --json-key")
-    seconds = time.perf_counter() - started
-    print(f"{report}; {encoder.dtype.name}, {seconds:.1f} s, {num_bytes / 1e6 / seconds:.1f} MB/s of input")
-    print(f"{prefix}.bin .idx")
+            work.append(encoded)
+            progress.add(num_bytes=encoded.num_bytes, num_documents=encoded.lines.size, num_tokens=sum(c.tokens.size for c in encoded.columns))
+    if work.state["malformed"] > num_listed:
+        print(f"... and {work.state['malformed'] - num_listed} more, in {work.report}", file=sys.stderr)
+    if work.state["tokens"] == 0:
+        raise DataError(f"{summary(work.state)}: no document is left to write; check --input and --json-key")
+
+
+def summary(counts: dict) -> str:
+    """documents in = documents written + reported, in words."""
+    return (
+        f"{counts['documents'] + counts['malformed']} documents in: {counts['documents']} written "
+        f"({counts['tokens']} tokens, {counts['empty']} empty), {counts['malformed']} malformed"
+    )
+
+
+def write_manifests(args: argparse.Namespace, keys: Sequence[str], paths: list[str], outputs: list[str], counts: dict) -> None:
+    """A manifest beside each corpus."""
+    from data_tools.manifest import write_manifest
+    from data_tools.tokenizer import files_of
+
+    inputs = [*paths, *files_of(args.tokenizer)]
+    numbers = {name: counts[name] for name in ("documents", "empty", "malformed", "tokens")}
+    for key in keys:
+        prefix = f"{args.output_prefix}_{key}_document"
+        own = [path for path in outputs if path.startswith(f"{prefix}.") or path.endswith("_report.jsonl")]
+        write_manifest(prefix, "preprocess", vars(args), inputs, own, numbers)
+
+
+def hash_in_background(paths: list[str], num_threads: int) -> ThreadPoolExecutor:
+    """Hashes inputs for the manifest while they are read anyway: the hash is remembered, and the disk is read once."""
+    from data_tools.manifest import sha256
+
+    pool = ThreadPoolExecutor(num_threads)
+    for path in paths:
+        pool.submit(sha256, path)
+    return pool
+
+
+def _inputs_hash(paths: list[str]) -> str:
+    """Of names, sizes and times: one line, however many files there are."""
+    stamps = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+
+def _tokenizer_hash(spec: str) -> list[str]:
+    from data_tools.manifest import sha256
+    from data_tools.tokenizer import files_of
+
+    return [spec.partition(":")[0], *(f"{file.name} {sha256(file)}" for file in files_of(spec))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

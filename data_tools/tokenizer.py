@@ -5,7 +5,8 @@
   tiktoken:FILE              a tiktoken rank file; the pattern and the EOD id follow from the number of ranks
   bytes                      UTF-8 bytes as ids 0-255, EOD 256; needs no file
 
-Text goes in, plain lists of ids come out. No begin or end tokens are added: the caller appends eod_id where it wants it.
+Text goes in, plain lists of ids come out, or, for whole corpora, arrays (encode_rows). No begin or end tokens are added: the
+caller appends eod_id where it wants it.
 Left out: chat templates, tokenizers that need Python code from a model folder.
 """
 
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from data_tools.cli import UsageError
 from engine.data.indexed import DataError
@@ -23,16 +27,34 @@ SPECS = "hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes"
 
 
 class Tokenizer(Protocol):
-    """vocab_size: one more than the greatest id. eod_id: the end-of-document id, None when the tokenizer names none."""
+    """vocab_size: one more than the greatest id. eod_id: the end-of-document id, None when the tokenizer names none.
+
+    byte_lengths: int64 [vocab_size], the bytes of text that each id stands for, where a text is its tokens' bytes laid end to end;
+    None for tokenizers that change a text before they cut it.
+    """
 
     vocab_size: int
     eod_id: int | None
+    byte_lengths: np.ndarray | None
 
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    def encode_rows(self, texts: list[str]) -> list[Sequence[int] | np.ndarray]:
+        """encode_batch in whatever sequences of integers cost least."""
+
+    def encode_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text, and the character at which each begins."""
+
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def files_of(spec: str) -> list[Path]:
+    """The files that decide what a tokenizer does."""
+    path = Path(spec.partition(":")[2])
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    return [file for file in ([path / name for name in names] if path.is_dir() else [path]) if file.is_file()]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -48,17 +70,33 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return loaders[kind](path)
 
 
+def starts_from_bytes(text: str, byte_lengths: np.ndarray) -> np.ndarray:
+    """int64 [tokens]: the character in which each token begins, from the bytes of each token; they sum to the text's bytes."""
+    starts = np.cumsum(byte_lengths) - byte_lengths
+    if text.isascii():
+        return starts
+    is_first_byte = (np.frombuffer(text.encode("utf-8"), dtype=np.uint8) & 0xC0) != 0x80
+    return np.cumsum(is_first_byte)[starts] - 1
+
+
 class ByteTokenizer:
     """UTF-8 bytes; decoding replaces what is no UTF-8."""
 
     vocab_size = 257
     eod_id = 256
+    byte_lengths = np.ones(257, dtype=np.int64)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_rows(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def encode_starts(self, text: str) -> tuple[list[int], list[int]]:
+        return self.encode(text), starts_from_bytes(text, np.ones(len(text.encode("utf-8")), dtype=np.int64)).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(b"<eod>" if i == self.eod_id else bytes([i]) for i in ids).decode("utf-8", errors="replace")
@@ -85,6 +123,24 @@ class HFTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod_id = self._find_eod(file.parent)
 
+    @cached_property
+    def byte_lengths(self) -> np.ndarray | None:
+        """Byte-level BPE writes each byte as one character of a token. Added tokens stand for themselves."""
+        settings = json.loads(self._tokenizer.to_str())
+        stages = [settings[stage] or {} for stage in ("pre_tokenizer", "decoder")]
+        stages = [step for stage in stages for step in stage.get("pretokenizers", stage.get("decoders", [stage]))]
+        byte_levels = [step for step in stages if step.get("type") == "ByteLevel"]
+        if settings["normalizer"] or len(byte_levels) != 2 or any(step.get("type") not in ("ByteLevel", "Split", "Digits") for step in stages):
+            return None
+        if byte_levels[0].get("add_prefix_space") or settings["model"]["type"] != "BPE":
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            lengths[i] = len(token)
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[i] = len(token.content.encode("utf-8"))
+        return lengths
+
     def _find_eod(self, folder: Path) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).exists():
@@ -101,12 +157,24 @@ class HFTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    encode_rows = encode_batch
+
+    def encode_starts(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [begin for begin, _ in encoding.offsets]
+
+    def added_tokens(self) -> list[str]:
+        """Names, such as that of the end token, which are cut out of a text before anything else."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model; the EOD is its eos piece."""
+
+    byte_lengths = None
 
     def __init__(self, path: str) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -123,6 +191,24 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_rows(self, texts: list[str]) -> list[np.ndarray]:
+        return self._processor.encode(list(texts), return_type="numpy", num_threads=1)
+
+    def encode_starts(self, text: str) -> tuple[list[int], list[int]]:
+        mapping = self._processor.encode_as_offset_mapping(text)
+        return list(mapping["ids"]), [begin for begin, _ in mapping["offsets"]]
+
+    @property
+    def has_unused_pieces(self) -> bool:
+        """Whether the model was told to leave pieces out."""
+        return any(map(self._processor.is_unused, range(self.vocab_size)))
+
+    def odd_pieces(self) -> list[str]:
+        """Pieces that no text turns into: unknown, control and the names of bytes."""
+        model = self._processor
+        odd = (model.is_unknown, model.is_control, model.is_byte)
+        return [model.id_to_piece(i) for i in range(self.vocab_size) if any(test(i) for test in odd)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
@@ -165,6 +251,9 @@ class TiktokenTokenizer:
         following = max(ranks.values()) + 1
         default = (CL100K_PATTERN, "<|endoftext|>", following, following + 1)
         pattern, token, self.eod_id, self.vocab_size = TIKTOKEN_FAMILIES.get(len(ranks), default)
+        self.pattern = pattern
+        self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        self.byte_lengths[list(ranks.values())] = list(map(len, ranks))
         self._encoding = tiktoken.Encoding(Path(path).name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={token: self.eod_id})
 
     def encode(self, text: str) -> list[int]:
@@ -172,6 +261,13 @@ class TiktokenTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encoding.encode_ordinary(text) for text in texts]
+
+    def encode_rows(self, texts: list[str]) -> list[np.ndarray]:
+        return [self._encoding.encode_to_numpy(text, disallowed_special=(), allowed_special=set()) for text in texts]
+
+    def encode_starts(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self.encode(text)
+        return ids, starts_from_bytes(text, self.byte_lengths[ids]).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids), errors="replace")

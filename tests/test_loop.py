@@ -13,7 +13,7 @@ import ranks
 from training import EOD, SEQ, VOCAB, merged, on_ranks
 from training import train as train_on_rank
 
-PROMISED = {"step", "loss", "grad_norm", "lr", "consumed_samples", "tokens", "step_time_s", "tokens_per_s"}
+PROMISED = {"step", "loss", "grad_norm", "lr", "consumed_samples", "tokens", "step_time_s", "tokens_per_s", "data_wait_s"}
 
 
 def status(raw) -> dict:
@@ -40,6 +40,7 @@ def test_what_a_run_leaves_behind(raw_run, tmp_path):
     assert all(PROMISED <= line.keys() for line in lines)
     assert column(lines, "tokens") == [4 * SEQ] * 6 and column(lines, "consumed_samples") == [4, 8, 12, 16, 20, 24]
     for line in lines:
+        assert 0 < line["data_wait_s"] < line["step_time_s"]
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["step_time_s"])
     assert lines[0]["loss"] == pytest.approx(math.log(VOCAB), rel=0.02) and lines[-1]["loss"] < lines[0]["loss"]
     environment = json.loads((folder / "env.json").read_text())

@@ -1,8 +1,8 @@
 """Micro-batches of one data-parallel rank, as torch tensors on the host.
 
 In: a dataset (engine/stage.py) and a global sample number. Out: for each micro-batch a dict of tensors of micro_batch samples,
-[rows, s] where s is train.seq_len, or less where every row of the global batch ends in padding. The position in the data is that one number and nothing else is kept, so a run resumes at any
-sample, with any number of data-parallel ranks, on the same data.
+[rows, s] where s is train.seq_len, or less where every row of the global batch ends in padding. The position in the data is that one
+number and nothing else is kept, so a run resumes at any sample, with any number of data-parallel ranks, on the same data.
 
 A global batch is read into one buffer (buffers.py), and its micro-batches are slices of that. A dataset that can fill memory it is given
 (`shapes`, `read`, `complete`: text.py) is read right into it, by C++ threads that do not hold the GIL; what others make in Python is
@@ -160,7 +160,6 @@ class Prefetcher:
             if found is None:
                 return
             num_read += 1
-            del found  # while this thread waits, its batch belongs to the caller alone
 
     def _may_read(self, num_read: int) -> bool:
         """Wait until another batch may be read; False when there will be none. With a line the ranks close after the same number of

@@ -26,9 +26,10 @@ def write_jsonl(path, texts, key="text"):
 
 
 def documents_of(prefix):
+    """The ids of every document; an empty one has no sequence."""
     corpus = IndexedCorpus(prefix)
-    assert len(corpus) == len(corpus.document_indices) - 1
-    return [corpus.get(i).tolist() for i in range(len(corpus))]
+    bounds = corpus.document_indices.tolist()
+    return [[token for i in range(begin, end) for token in corpus.get(i).tolist()] for begin, end in zip(bounds, bounds[1:])]
 
 
 def run_preprocess(*inputs, prefix, tokenizer="bytes", options=()):
@@ -120,12 +121,14 @@ def damaged_jsonl(path):
 def test_skip_counts_and_lists_every_document_left_out(tmp_path, capsys):
     source = damaged_jsonl(tmp_path / "a.jsonl")
     assert run_preprocess(source, prefix=tmp_path / "out", options=["--on-error", "skip", "--append-eod"]) == 0
-    assert documents_of(tmp_path / "out_text_document") == [list(b"first") + [256], list(b"last") + [256]]
+    assert documents_of(tmp_path / "out_text_document") == [list(b"first") + [256], [], list(b"last") + [256]]
     out, err = capsys.readouterr()
-    assert "10 documents in: 2 written (11 tokens), 7 malformed, 1 empty" in out
-    for number, (_, reason) in BAD_LINES.items():
-        assert f"{source}:{number}: " in err and reason in err
-    assert len(err.splitlines()) == 8
+    assert "10 documents in: 3 written (11 tokens, 1 empty), 7 malformed" in out
+    report = [json.loads(line) for line in (tmp_path / "out_report.jsonl").read_text().splitlines()]
+    for entry, (number, (_, reason)) in zip(report, BAD_LINES.items(), strict=True):
+        assert (entry["file"], entry["line"], entry["kept"]) == (source, number, number == 9) and reason in entry["reason"]
+        assert (f"{source}:{number}: {entry['reason']}" in err) == (number != 9)
+    assert len(err.splitlines()) == 7
 
 
 def test_stop_is_the_default_and_writes_nothing(tmp_path, capsys):
@@ -143,7 +146,7 @@ def test_stop_with_workers_ends_and_writes_nothing(tmp_path):
 
 def test_no_document_left_is_an_error(tmp_path, capsys):
     assert run_preprocess(write_jsonl(tmp_path / "a.jsonl", ["", ""]), prefix=tmp_path / "out") == 1
-    assert "2 documents in: 0 written (0 tokens), 0 malformed, 2 empty: no document is left" in capsys.readouterr().err
+    assert "2 documents in: 2 written (0 tokens, 2 empty), 0 malformed: no document is left" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 

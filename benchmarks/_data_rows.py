@@ -51,8 +51,10 @@ class Turns:
         return statistics.median(self.cpu_seconds)
 
 
-def interleaved(contestants: Mapping[str, Callable[[], Any] | None], rounds: int, warm_up: bool = True) -> dict[str, Turns]:
-    """Turns by name of those contestants that are not None: one step each, round by round, after one step each that is not counted."""
+def interleaved(contestants: Mapping[str, Callable[[], Any] | None], rounds: int, warm_up: bool = True,
+                before: Callable[[], Any] | None = None) -> dict[str, Turns]:
+    """Turns by name of those contestants that are not None: one step each, round by round, after one step each that is not counted.
+    before: done before every step, outside the measured time."""
     steps = {name: step for name, step in contestants.items() if step is not None}
     if warm_up:
         for step in steps.values():
@@ -62,6 +64,8 @@ def interleaved(contestants: Mapping[str, Callable[[], Any] | None], rounds: int
         for name, step in steps.items():
             own = turns[name]
             own.answer = None      # given back outside the measured time
+            if before is not None:
+                before()
             start, start_cpu = time.perf_counter(), _cpu_seconds()
             own.answer = step()
             own.seconds.append(time.perf_counter() - start)

@@ -116,7 +116,7 @@ py::tuple exhaustive_blending_indices(const std::vector<int64_t>& sizes) {
 }
 
 // The first samples of the stretches, and for each stretch the weights of every source at its begin and its end.
-py::tuple mixture_indices(const Array<int64_t>& firsts, const Array<double>& weights, int64_t size) {
+py::tuple mixture_indices(const Array<int64_t>& firsts, const Array<double>& weights, int64_t size, const std::optional<Array<int64_t>>& caps) {
     if (firsts.ndim() != 1 || weights.ndim() != 3 || weights.shape(0) != firsts.size() || weights.shape(1) != 2) {
         throw py::type_error("firsts must be [num_stretches] and weights [num_stretches, 2, num_sources]");
     }
@@ -134,6 +134,9 @@ py::tuple mixture_indices(const Array<int64_t>& firsts, const Array<double>& wei
         }
     }
     if (stretches.empty()) throw py::value_error("a mixture needs at least one stretch");
+    if (caps && (caps->ndim() != 1 || caps->size() != num_sources)) throw py::type_error("caps must be [num_sources]");
+    std::vector<int64_t> limits(static_cast<size_t>(num_sources), std::numeric_limits<int64_t>::max());
+    if (caps) limits.assign(caps->data(), caps->data() + num_sources);
     for (int64_t j = 0; j < 2 * num_stretches; ++j) {
         const double* row = weights.data() + j * num_sources;
         const bool is_legal = std::all_of(row, row + num_sources, [](double w) { return w >= 0 && w <= 1; });
@@ -145,11 +148,20 @@ py::tuple mixture_indices(const Array<int64_t>& firsts, const Array<double>& wei
     py::array_t<int64_t> sample(size);
     int16_t* source_out = source.mutable_data();
     int64_t* sample_out = sample.mutable_data();
+    Drawn drawn;
     {
         py::gil_scoped_release release;
-        fill_mixture(stretches, num_sources, size, source_out, sample_out);
+        drawn = fill_mixture(stretches, limits, size, source_out, sample_out);
     }
-    return py::make_tuple(source, sample);
+    source.resize({drawn.size});
+    sample.resize({drawn.size});
+    py::array_t<int64_t> departures({static_cast<py::ssize_t>(drawn.departures.size()), py::ssize_t{2}});
+    for (size_t d = 0; d < drawn.departures.size(); ++d) {
+        const auto row = static_cast<py::ssize_t>(d);
+        departures.mutable_at(row, 0) = drawn.departures[d].source;
+        departures.mutable_at(row, 1) = drawn.departures[d].at;
+    }
+    return py::make_tuple(source, sample, departures);
 }
 
 py::tuple pack(const Array<int32_t>& lengths, int64_t capacity) {
@@ -176,7 +188,8 @@ void bind_indices(py::module_& module) {
                "RandomState.shuffle of values, in place; words (in place) and position are the state of its MT19937. Returns the new position.");
     module.def("blending_indices", &blending_indices, py::arg("weights"), py::arg("size"));
     module.def("exhaustive_blending_indices", &exhaustive_blending_indices, py::arg("sizes"));
-    module.def("mixture_indices", &mixture_indices, py::arg("firsts").noconvert(), py::arg("weights").noconvert(), py::arg("size"));
+    module.def("mixture_indices", &mixture_indices, py::arg("firsts").noconvert(), py::arg("weights").noconvert(), py::arg("size"),
+               py::arg("caps") = py::none(), "(source int16 [n], sample int64 [n], departures int64 [m, 2]): n is below size where caps leave no source.");
     module.def("pack_best_fit", &pack, py::arg("lengths").noconvert(), py::arg("capacity"),
                "(documents int64 [n] row after row, starts int64 [rows + 1]) of best-fit decreasing packing.");
 }

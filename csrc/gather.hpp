@@ -1,10 +1,13 @@
-// Copies the tokens of chosen samples out of a mapped corpus into one dense block.
+// Copies the tokens of chosen samples out of a corpus into one dense block.
 //
 // In: the corpus, the document index, the sample index and the rows wanted. Out: int64 tokens [num_rows, seq_len + 1]
-// and, on request, int32 segment ids [num_rows, seq_len]. Left out: shuffling (the caller maps sample numbers to rows).
+// and, on request, int32 segment ids [num_rows, seq_len]. A mapped corpus
+// is copied row after row; of one read on demand all pieces are asked for first, then read in the order in which they lie in the file.
+// Left out: shuffling (the caller maps sample numbers to rows).
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "corpus.hpp"
 
@@ -30,7 +33,13 @@ struct Block {
 template <class Index>
 void gather(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t num_rows, const Block& out, int num_threads);
 
+// The bytes of the .bin that these rows are made of, sorted by offset; pieces may overlap.
+template <class Index>
+std::vector<Extent> sample_extents(const Corpus& corpus, const SampleTable<Index>& table, const int64_t* rows, int64_t num_rows);
+
 extern template void gather<int32_t>(const Corpus&, const SampleTable<int32_t>&, const int64_t*, int64_t, const Block&, int);
 extern template void gather<int64_t>(const Corpus&, const SampleTable<int64_t>&, const int64_t*, int64_t, const Block&, int);
+extern template std::vector<Extent> sample_extents<int32_t>(const Corpus&, const SampleTable<int32_t>&, const int64_t*, int64_t);
+extern template std::vector<Extent> sample_extents<int64_t>(const Corpus&, const SampleTable<int64_t>&, const int64_t*, int64_t);
 
 }  // namespace trireme

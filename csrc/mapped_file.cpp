@@ -32,7 +32,10 @@ MappedFile::MappedFile(const std::string& path, const std::string& cure) : path_
     size_ = static_cast<size_t>(status.st_size);
     if (size_ > 0) {  // mmap refuses a length of zero
         void* address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
-        if (address == MAP_FAILED) fail(descriptor, path, "map the file", cure);
+        if (address == MAP_FAILED) {
+            const bool is_full = errno == ENOMEM;
+            fail(descriptor, path, "map the file", is_full ? "the process holds as many maps as it may: raise vm.max_map_count, or merge corpora" : cure);
+        }
         data_ = static_cast<const char*>(address);
     }
     ::close(descriptor);  // the mapping outlives the descriptor

@@ -17,8 +17,21 @@ struct Stretch {
     const double* to;
 };
 
+// A source that has given all it may: from sample `at` on it is not drawn any more.
+struct Departure {
+    int64_t source;
+    int64_t at;
+};
+
+// What fill_mixture did: `size` samples, fewer than asked for where no source was left.
+struct Drawn {
+    int64_t size;
+    std::vector<Departure> departures;
+};
+
 // Draws `size` samples, always from the source that is furthest behind its cumulated weight. stretches: in order, without gaps, from
 // sample 0 to at least `size`. A source is never drawn while its weight is 0; sample[i] counts on within each source.
-void fill_mixture(const std::vector<Stretch>& stretches, int64_t num_sources, int64_t size, int16_t* source, int64_t* sample);
+// caps[k]: how often source k may be drawn. With its last sample it leaves, and its weight goes to the others in proportion to theirs.
+Drawn fill_mixture(const std::vector<Stretch>& stretches, const std::vector<int64_t>& caps, int64_t size, int16_t* source, int64_t* sample);
 
 }  // namespace trireme

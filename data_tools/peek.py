@@ -7,7 +7,8 @@
 A sample of a corpus is the one that pretraining with the same split, seq-len, number of samples and seed sees at that number; with
 --eod-id, --reset-at-eod and --eod-mask-loss it is shown as the loss sees it. With a run's configuration the sample is that of the
 run's whole mixture, phases and all, or of its conversations: the corpus it comes from, where documents begin, which labels count.
-Without a tokenizer ids are printed. Left out: stages whose batches hold prompts or pairs; searching.
+Only what is shown is read and checked; --verify looks at the whole .idx first. Without a tokenizer ids are printed.
+Left out: stages whose batches hold prompts or pairs; searching.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SPLIT_NAMES = ("train", "valid", "test")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peek.py", description="Print a corpus's summary, a document, or a training sample.")
-    parser.add_argument("prefix", metavar="PREFIX", help="the corpus (path without .bin/.idx), or a run's configuration (.yaml)")
+    parser.add_argument("prefix", metavar="PREFIX", help="the corpus (path without .bin/.idx, or an address such as s3://bucket/web), or a run's configuration (.yaml)")
+    parser.add_argument("--verify", action="store_true", help="check every length, offset and document of the .idx first")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes of the configuration")
     parser.add_argument("--tokenizer", metavar="SPEC", help="decode with hf:DIR-or-tokenizer.json | sentencepiece:FILE | tiktoken:FILE | bytes")
     which = parser.add_mutually_exclusive_group()
@@ -46,19 +48,21 @@ def peek(args: argparse.Namespace) -> None:
     if args.prefix.lower().endswith((".yaml", ".yml")):
         _peek_run(args)
         return
-    from engine.data.indexed import IndexedCorpus
+    from engine.data.storage import open_corpus
 
     if args.set:
         raise UsageError(f"--set {args.set[0]} changes a configuration, and {args.prefix} is none (.yaml)")
     if args.sample is not None and args.seq_len is None:
         raise UsageError("--sample needs --seq-len, the tokens per sample of the run")
-    corpus = IndexedCorpus(args.prefix)
+    corpus = open_corpus(args.prefix)
+    if args.verify:
+        corpus.verify()
     if args.document is not None:
         _print_document(corpus, args.document, _decoder(args.tokenizer))
     elif args.sample is not None:
         _print_sample(corpus, args)
     else:
-        counts = f"{len(corpus.document_indices) - 1} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens"
+        counts = f"{corpus.num_documents} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens"
         print(f"{counts}, {corpus.dtype.name}, greatest id {corpus.max_token()}")
 
 
@@ -79,10 +83,9 @@ def _decoder(spec: str | None):
 
 
 def _print_document(corpus, number: int, show) -> None:
-    num_documents = len(corpus.document_indices) - 1
-    if not 0 <= number < num_documents:
-        raise UsageError(f"--document {number}: {corpus.prefix} has documents 0 to {num_documents - 1}")
-    first, end = corpus.document_indices[number : number + 2].tolist()
+    if not 0 <= number < corpus.num_documents:
+        raise UsageError(f"--document {number}: {corpus.prefix} has documents 0 to {corpus.num_documents - 1}")
+    first, end = corpus.document(number)
     ids = [token for sequence in range(first, end) for token in corpus.get(sequence).tolist()]
     print(f"document {number}: {len(ids)} tokens in {end - first} sequences{_origin(corpus.prefix, first)}")
     print(show(ids))

@@ -20,7 +20,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope,
               _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
-              _replay, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
+              _replay, _caps, _by_source, _fim, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
         for check in (_world, _expert_world, _world_batch, _world_rampup):
@@ -466,10 +466,13 @@ def _something_learns(run):
         yield f"tune.freeze({', '.join(run.tune.freeze)}) leaves nothing that could learn; leave one of them out"
 
 
+MIXING = ("pretrain", "continued", "anneal")  # the stages whose corpora may change during a run
+
+
 def _phases(run):
-    phases, stages = run.data.phases, ("pretrain", "continued", "anneal")
-    if phases and run.stage in STAGES and run.stage not in stages:
-        yield f"data.phases changes the corpora of {', '.join(stages)}, but stage={run.stage}; remove it"
+    phases = run.data.phases
+    if phases and run.stage in STAGES and run.stage not in MIXING:
+        yield f"data.phases changes the corpora of {', '.join(MIXING)}, but stage={run.stage}; remove it"
     if phases and not phases[0].after_tokens and not phases[0].ramp_tokens:
         yield "data.phases.0 replaces data.train before its first token; put its list into data.train, or give it after_tokens or ramp_tokens"
     for i, phase in enumerate(phases):
@@ -490,6 +493,36 @@ def _replay(run):
         yield f"data.replay is read by stage continued, but stage={run.stage}; put its corpora into data.train, or set stage=continued"
     elif data.replay and not data.replay_share:
         yield "data.replay is given but data.replay_share is 0; set the share of samples to take from it, or remove data.replay"
+
+
+def _caps(run):
+    data = run.data
+    if data.max_epochs and run.stage in STAGES and run.stage not in MIXING:
+        yield f"data.max_epochs limits the corpora of {', '.join(MIXING)}, but stage={run.stage}; remove it"
+    if data.max_epochs and data.one_epoch:
+        yield "data.one_epoch refuses to read a token twice and data.max_epochs says how often one may be read; use one of them"
+
+
+def _by_source(run):
+    for name in ("valid_by_source", "train_by_source"):
+        if getattr(run.data, name) and run.stage in STAGES and run.stage not in TEXT:
+            yield f"data.{name} tells the losses of corpora of text ({', '.join(TEXT)}), but stage={run.stage}; remove it"
+
+
+def _fim(run):
+    data, fim = run.data, run.data.fim
+    if not fim.rate:
+        return
+    if run.stage in STAGES and run.stage not in TEXT:
+        yield f"data.fim changes text of {', '.join(TEXT)}, but stage={run.stage}; remove it"
+    if data.eod_id < 0 and not data.tokenizer:
+        yield "data.fim changes documents one by one and needs the token that ends them; set data.tokenizer or data.eod_id"
+    ids = [fim.prefix_id, fim.middle_id, fim.suffix_id]
+    said = f"data.fim.prefix_id({ids[0]}), middle_id({ids[1]}) and suffix_id({ids[2]})"
+    if min(ids) < 0 or max(ids) >= run.model.vocab_size:
+        yield f"{said} must be tokens of model.vocab_size({run.model.vocab_size}) that text does not use; set those of the tokenizer"
+    elif len({*ids, data.eod_id}) < 4:
+        yield f"{said} must differ from each other and from data.eod_id({data.eod_id})"
 
 
 def _anneal(run):

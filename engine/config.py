@@ -280,6 +280,21 @@ class Phase(Section):
     """The mixture from then on: WEIGHT PREFIX WEIGHT PREFIX ..."""
 
 
+class Fim(Section):
+    rate: float = Field(0.0, ge=0, le=1)
+    """Share of the documents in a sample whose middle is moved behind its suffix (arXiv 2207.14255); 0 leaves all text as it is."""
+    spm_rate: float = Field(0.5, ge=0, le=1)
+    """Of those, the share written suffix first (SPM); the others are PSM."""
+    prefix_id: int = Field(-1, ge=-1)
+    """Token before the prefix."""
+    middle_id: int = Field(-1, ge=-1)
+    """Token before the middle."""
+    suffix_id: int = Field(-1, ge=-1)
+    """Token before the suffix."""
+    valid: bool = False
+    """Validation sets too; false keeps their losses those of plain text."""
+
+
 class Data(Section):
     train: list[str] = []
     """Corpora of the training set: PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..."""
@@ -303,8 +318,20 @@ class Data(Section):
     """continued: share of samples taken from data.replay."""
     one_epoch: bool = False
     """Refuse to read any token twice."""
+    max_epochs: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """How often single corpora may be read, such as {PREFIX: 2, "*": 4}; "*" stands for those that are not named."""
+    at_cap: Literal["drop", "stop"] = "drop"
+    """When a corpus has been read that often: drop goes on with the others in their proportions, stop refuses such a run."""
+    valid_by_source: bool = False
+    """Validation tells the loss of every corpus of a set beside the whole."""
+    train_by_source: bool = False
+    """So does every step of training."""
+    fim: Fim = Fim()
+    """Fill in the middle."""
     cache_dir: str = ""
-    """Folder of the index cache; empty means run.dir/index_cache."""
+    """Folder of the index cache, and of what was read of remote corpora; empty means run.dir/index_cache."""
+    storage: Literal["mmap", "pread"] = "mmap"
+    """How .bin files are read: mmap while they stay in memory, pread when the disk or the network must answer (docs/storage.md)."""
     prefetch: int = Field(2, ge=0)
     """Global batches read ahead while one trains; 0 or false reads each when it is needed, true is 1."""
     threads: int = Field(1, ge=1)

@@ -27,6 +27,7 @@ from engine.data.loader import Loader, Prefetcher
 from engine.hf.convert import beside_checkpoint, check_expressible
 from engine.data import feed as moving
 from engine.data.buffers import Pool
+from engine.data.ledger import Ledger, history
 from engine.data.loader import Loader, Prefetcher, outline
 from engine.data.replica import Replica
 from engine.log import RunLog
@@ -80,6 +81,7 @@ class Trainer:
         self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
         position = self._start()
         loader, self.validation = self._loaders()
+        self.ledger = self._ledger(loader.dataset, position)
         log.resume(position.step)
         clock = Clock(run, position)
         started = saved = position.step
@@ -103,7 +105,7 @@ class Trainer:
                 before, position = position, feed.position(position)
                 self.average.after_step(position.step)
                 record = _record(run, place, before, position, updates, lr, clock.lap(), self.first)
-                log.step({**record, "data_wait_s": feed.waited(), **stage.report()})
+                log.step({**record, "data_wait_s": feed.waited(), **self._read(position), **stage.report()})
                 if _due(run.train.eval_every, position.step):
                     self._validate(position)
                 if _due(run.checkpoint.save_every, position.step):
@@ -245,6 +247,17 @@ class Trainer:
         told = self.replica.told(outlines)
         return found or told
 
+    def _ledger(self, dataset, position: Position) -> Ledger:
+        """What was read of each source so far."""
+        ledger = Ledger(dataset)
+        ledger.begin(position.consumed_samples, *history(self.run))
+        return ledger
+
+    def _read(self, position: Position) -> dict:
+        """The ledger's part of a step's record: with every console line, since there may be many sources."""
+        is_due = _due(self.run.log.every, position.step) or position.step == schedule.planned_steps(self.run.train)
+        return self.ledger.record(position.consumed_samples) if is_due else {}
+
     def _relative_rate(self, name: str) -> float:
         """The learning rate of a role, as a multiple of the run's."""
         rate = self.stage.roles[name].lr
@@ -304,7 +317,8 @@ class Trainer:
         if self.average.num_taken:
             self.average.save(Path(self.run.run.dir) / "average", position)
         others = {name: model for name, model in self.trained.items() if model is not self.first}
-        folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, self.stage.state())
+        state = {**self.stage.state(), **self.ledger.state(position.consumed_samples)}
+        folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, state)
         self.log.note(f"saved {folder}")
         if self.run.checkpoint.also_save_hf:
             self._save_hf(folder, position)

@@ -50,6 +50,7 @@ def problems(load):
 
 # One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
 VALID = ["data.valid.held_out=[there]", "train.eval_samples=8", "train.eval_every=5", "train.stop_when.metric=valid_loss"]
+FIM = ["data.fim={rate: 0.5, prefix_id: 4, middle_id: 5, suffix_id: 6}"]
 REFUSALS = [
     (VALID, None, "train.stop_when.metric=valid_loss has no limit; give at_most or at_least"),
     ([*VALID[:2], VALID[3], "train.stop_when.at_most=2"], None,
@@ -196,6 +197,16 @@ REFUSALS = [
      "data.phases.1 begins after 8 tokens, while data.phases.0 changes until 14; list phases in order of time, or shorten the ramp"),
     (["data.phases=[{after_tokens: 5, train: [1, x]}, {after_tokens: 5, train: [1, x]}]"], None,
      "data.phases.1 begins after 5 tokens, like data.phases.0; remove one of them"),
+    (["stage=sft", "data.max_epochs={x: 2}"], None, "data.max_epochs limits the corpora of pretrain, continued, anneal, but stage=sft; remove it"),
+    (["data.max_epochs={x: 2}", "data.one_epoch=true"], None,
+     "data.one_epoch refuses to read a token twice and data.max_epochs says how often one may be read; use one of them"),
+    (["stage=sft", "data.valid_by_source=true"], None,
+     "data.valid_by_source tells the losses of corpora of text (pretrain, continued, long_context, anneal), but stage=sft; remove it"),
+    ([*FIM, "stage=sft", "data.eod_id=3"], None, "data.fim changes text of pretrain, continued, long_context, anneal, but stage=sft; remove it"),
+    (FIM, None, "data.fim changes documents one by one and needs the token that ends them; set data.tokenizer or data.eod_id"),
+    ([*FIM, "data.eod_id=3", "data.fim.suffix_id=-1"], None, "data.fim.prefix_id(4), middle_id(5) and suffix_id(-1) must be tokens of model.vocab_size(1000) "
+     "that text does not use; set those of the tokenizer"),
+    ([*FIM, "data.eod_id=6"], None, "data.fim.prefix_id(4), middle_id(5) and suffix_id(6) must differ from each other and from data.eod_id(6)"),
     (["data.replay=[1, x]"], None, "data.replay is read by stage continued, but stage=pretrain; put its corpora into data.train, or set stage=continued"),
     (["stage=continued", "data.replay=[1, x]", "data.replay_share=0"], None,
      "data.replay is given but data.replay_share is 0; set the share of samples to take from it, or remove data.replay"),

@@ -21,6 +21,21 @@ def write_corpus(prefix, num_documents=60, seed=0, vocab=VOCAB):
     return str(prefix)
 
 
+def small_run(corpus, folder):
+    """A nested dict for engine.config.validate: a small dense model over the tiny corpus, documents masked."""
+    return {
+        "run": {"dir": str(folder / "run"), "device": "cpu", "seed": 11},
+        "model": {"family": "llama", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+                  "num_query_groups": 2, "vocab_size": VOCAB},
+        "parallel": {},
+        "data": {"train": [corpus["train"]], "valid": {"held_out": [corpus["valid"]]}, "eod_id": EOD, "reset_at_eod": True},
+        "train": {"seq_len": SEQ, "global_batch": 4, "steps": 6, "precision": "fp32", "eval_samples": 4},
+        "optim": {"lr": 1e-2},
+        "schedule": {"kind": "wsd", "warmup_steps": 2, "wsd_decay_steps": 2},
+        "log": {"tensorboard": False, "every": 1},
+    }
+
+
 def merged(raw: dict, *changes: dict) -> dict:
     """raw with nested changes laid over it."""
     for change in changes:

@@ -18,6 +18,7 @@ import numpy as np
 from engine import _csrc
 from engine.data.indexed import DataError, IndexedCorpus
 from engine.data.pretraining import SPLIT_NAMES, GPTSamples, check_sample_numbers, split_documents, split_shares
+from engine.data.storage import open_corpus
 
 SURPLUS = 0.005  # Megatron's: each dataset of a weighted blend is built this much larger than its share
 
@@ -90,6 +91,7 @@ class Blend:
         """As GPTSamples.gather: tokens int64 [n, seq_len + 1], with segments also int32 [n, seq_len]."""
         numbers = np.asarray(sample_numbers, dtype=np.int64)
         check_sample_numbers(numbers, len(self), "the blend")
+        self.announce(numbers)
         sources, samples = self.dataset_index[numbers], self.dataset_sample_index[numbers]
         tokens = np.empty((numbers.size, self.seq_len + 1), dtype=np.int64)
         ids = np.empty((numbers.size, self.seq_len), dtype=np.int32) if segments else None
@@ -101,10 +103,18 @@ class Blend:
                 tokens[is_from_k] = self.datasets[k].gather(samples[is_from_k])
         return (tokens, ids) if segments else tokens
 
+    def announce(self, sample_numbers: np.ndarray) -> None:
+        """As GPTSamples.announce, to every source: they fetch side by side what gather would wait for one after the other."""
+        numbers = np.asarray(sample_numbers, dtype=np.int64)
+        sources, samples = self.dataset_index[numbers], self.dataset_sample_index[numbers]
+        for k in np.unique(sources):
+            self.datasets[k].announce(samples[sources == k])
+
     def gather_into(self, sample_numbers: np.ndarray, tokens: np.ndarray, places: np.ndarray | None = None, num_threads: int = 1) -> None:
         """As GPTSamples.gather_into."""
         numbers = np.asarray(sample_numbers, dtype=np.int64)
         check_sample_numbers(numbers, len(self), "the blend")
+        self.announce(numbers)
         sources, samples = self.dataset_index[numbers], self.dataset_sample_index[numbers]
         for k in np.unique(sources):
             of_k = np.flatnonzero(sources == k)
@@ -159,16 +169,17 @@ def build_pretraining(
     seed: int,
     cache_dir: str | os.PathLike[str] | None = None,
     one_epoch: bool = False,
+    storage: str = "mmap",
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Train, valid and test datasets out of one blend, whose corpora are divided by the split string.
 
     num_samples: of train, valid and test; None means one pass over plain prefixes; 0 means the split is not needed and
     gives None. A weighted blend may come out a few samples longer; plain prefixes (several) are capped at one pass, so
-    compare len() with what the run needs. one_epoch refuses to repeat documents.
+    compare len() with what the run needs. one_epoch refuses to repeat documents. storage: as open_corpus.
     Raises DataError, among others when a split that is asked for gets no documents.
     """
     prefixes, weights = parse_blend(blend)
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    corpora = [open_corpus(prefix, storage, cache_dir) for prefix in prefixes]
     shares = split_shares(split)
     built: list[Dataset | None] = []
     for i, (name, wanted) in enumerate(zip(SPLIT_NAMES, num_samples)):
@@ -188,6 +199,7 @@ def build_pretraining_per_split(
     seed: int,
     cache_dir: str | os.PathLike[str] | None = None,
     one_epoch: bool = False,
+    storage: str = "mmap",
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Train, valid and test datasets out of a blend each, every corpus used whole; None where a blend is None.
 
@@ -201,7 +213,7 @@ def build_pretraining_per_split(
             built.append(None)
             continue
         prefixes, weights = parse_blend(blend)
-        corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+        corpora = [open_corpus(prefix, storage, cache_dir) for prefix in prefixes]
         parts = [range(len(corpus)) for corpus in corpora]
         # Megatron drops the weight of a lone corpus in this form (no surplus, no blend around it).
         weights = None if len(prefixes) == 1 else weights

@@ -1,11 +1,11 @@
 """Tokenised corpora on disk: the Python face of csrc's reader, and the writer.
 
 A corpus is two files: PREFIX.idx (header, sequence lengths, byte offsets, documents) and PREFIX.bin (raw tokens), byte for
-byte Megatron's format. Tokens enter through IndexedWriter.add_document and leave as read-only numpy views of the mapped
-.bin file; gathering many samples at once is engine/data/pretraining.py.
+byte Megatron's format. Tokens enter through IndexedWriter.add_document and leave as read-only arrays, or many samples at once as one
+block; which samples is engine/data/pretraining.py's part, and corpora that lie elsewhere are opened by engine/data/storage.py.
 
 A document is a run of sequences; corpora written here have one sequence per document.
-Left out: multimodal corpora, object storage, floating-point tokens.
+Left out: multimodal corpora, floating-point tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine._csrc import Corpus, DataError
+from engine._csrc import Corpus, DataError, announce, extents, gather
 
 __all__ = ["DataError", "IndexedCorpus", "IndexedWriter", "optimal_dtype"]
 
@@ -35,48 +35,92 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedCorpus:
-    """A corpus opened for reading. Raises DataError when a file is missing, damaged or truncated."""
+    """A corpus opened for reading, at the same small cost for ten documents and for 1e9.
 
-    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+    storage: how the .bin is read. "mmap" as memory, best while it stays in the page cache; "pread" by many reads at once, best when
+    it does not. blocks: a RemoteBlocks of engine/data/remote.py that fills the local .bin before it is read.
+    Raises DataError when a file is missing, damaged or truncated: here, or where the damaged place is used.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], storage: str = "mmap", blocks=None) -> None:
         self.prefix = os.fspath(prefix)
-        self.mapped = Corpus(self.prefix)  # the csrc object; gather takes it
+        self._file = Corpus(self.prefix, storage)
+        self._blocks = blocks
+        self.listens = blocks is not None or storage == "pread"  # whether announce() has an effect
         self._max_token: int | None = None
 
     @property
+    def mapped(self) -> Corpus:
+        """The csrc object, for engine._csrc.gather. Not of a remote corpus: its blocks must be fetched first, which gather() here does."""
+        assert self._blocks is None, f"{self.prefix} is remote: gather through IndexedCorpus.gather"
+        return self._file
+
+    @property
     def sequence_lengths(self) -> np.ndarray:
-        """int32 [num_sequences], a read-only and possibly unaligned view of the .idx file."""
-        return self.mapped.sequence_lengths
+        """int32 [num_sequences], a read-only and possibly unaligned view of the .idx file. The first use checks every length and offset."""
+        return self._file.sequence_lengths
 
     @property
     def document_indices(self) -> np.ndarray:
-        """int64 [num_documents + 1]: document d is sequences [d] up to [d + 1]; a read-only, possibly unaligned view."""
-        return self.mapped.document_indices
+        """int64 [num_documents + 1]: document d is sequences [d] up to [d + 1]; a view as sequence_lengths, checked as a whole likewise."""
+        return self._file.document_indices
+
+    @property
+    def num_documents(self) -> int:
+        """Documents; each a run of sequences."""
+        return self._file.num_documents
+
+    def document(self, d: int) -> tuple[int, int]:
+        """(first sequence, sequence after the last) of document d, without reading the others."""
+        return self._file.document(int(d))
+
+    def verify(self) -> None:
+        """Reads the whole .idx and checks every length, offset and document entry. Raises DataError."""
+        self._file.sequence_lengths, self._file.document_indices  # noqa: B018
 
     @property
     def dtype(self) -> np.dtype:
         """Type of one token in the .bin file."""
-        return self.mapped.dtype
+        return self._file.dtype
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the whole corpus."""
-        return self.mapped.num_tokens
+        return self._file.num_tokens
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return self.mapped.num_sequences
+        return self._file.num_sequences
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [offset, offset + length) of sequence i as a read-only view; to its end when length is None.
+        """Tokens [offset, offset + length) of sequence i, read-only (a view where mapped); to its end when length is None.
 
         Raises IndexError outside the corpus or the sequence (negative numbers included).
         """
-        return self.mapped.get(int(i), int(offset), None if length is None else int(length))
+        i, offset, length = int(i), int(offset), None if length is None else int(length)
+        if self._blocks is not None:
+            self._blocks.ensure(self._file.extent(i, offset, length))
+        return self._file.get(i, offset, length)
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, rows: np.ndarray, seq_len: int, **options) -> tuple[np.ndarray, np.ndarray | None]:
+        """Samples of seq_len + 1 tokens by rows of a sample index; arguments, options and answer as engine._csrc.gather."""
+        if self._blocks is not None:
+            self._blocks.ensure(extents(self._file, documents, starts, rows, seq_len))
+        return gather(self._file, documents, starts, rows, seq_len, **options)
+
+    def announce(self, documents: np.ndarray, starts: np.ndarray, rows: np.ndarray, seq_len: int) -> None:
+        """Says which rows will be gathered next, so that they are fetched meanwhile."""
+        if self._blocks is not None:
+            self._blocks.want(extents(self._file, documents, starts, rows, seq_len))
+        else:
+            announce(self._file, documents, starts, rows, seq_len)
 
     def max_token(self) -> int:
         """The greatest token id, -1 without tokens. Reads the whole .bin the first time, then remembers."""
         if self._max_token is None:
-            self._max_token = self.mapped.max_token()
+            if self._blocks is not None:
+                self._blocks.ensure(np.array([[0, self.num_tokens * self.dtype.itemsize]]))
+            self._max_token = self._file.max_token()
         return self._max_token
 
 

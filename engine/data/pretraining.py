@@ -5,7 +5,7 @@ samples as one int64 block [n, seq_len + 1]; neighbours in the stream share one 
 The order equals Megatron's GPTDataset bit for bit (same seed, same samples), which needs numpy's legacy RandomState.
 
 "Document" here means one sequence of the corpus, as in Megatron: the two differ only where documents have several sequences.
-Left out: samples without the extra token, a last shorter validation sample, fill-in-the-middle, object storage.
+Left out: samples without the extra token, a last shorter validation sample, fill-in-the-middle.
 """
 
 from __future__ import annotations
@@ -110,17 +110,21 @@ class GPTSamples:
         A segment id is the running number, from 0, of the document within its row. Raises DataError beyond the last sample.
         """
         rows = self._rows(sample_numbers)
-        tokens, ids = _csrc.gather(
-            self.corpus.mapped, self.document_index, self.sample_index, rows, self.seq_len, segments, self.num_threads
+        tokens, ids = self.corpus.gather(
+            self.document_index, self.sample_index, rows, self.seq_len, segments=segments, num_threads=self.num_threads
         )
         return (tokens, ids) if segments else tokens
+
+    def announce(self, sample_numbers: np.ndarray) -> None:
+        """Says which samples are gathered next: storage that answers slowly fetches them meanwhile."""
+        if self.corpus.listens:
+            self.corpus.announce(self.document_index, self.sample_index, self._rows(sample_numbers), self.seq_len)
 
     def gather_into(self, sample_numbers: np.ndarray, tokens: np.ndarray, places: np.ndarray | None = None, num_threads: int = 1) -> None:
         """Write the samples into tokens, int64 [n, seq_len + 1], C-contiguous; with places (int64 [n]) sample i into row places[i], and
         tokens may have more rows. The GIL is let go meanwhile. Raises DataError beyond the last sample."""
         rows = self._rows(sample_numbers)
-        _csrc.gather(self.corpus.mapped, self.document_index, self.sample_index, rows, self.seq_len, False, num_threads,
-                     tokens_out=tokens, places=places)
+        self.corpus.gather(self.document_index, self.sample_index, rows, self.seq_len, num_threads=num_threads, tokens_out=tokens, places=places)
 
     def documents_of(self, j: int) -> list[tuple[int, int, int]]:
         """Where sample j comes from: (document number, first token within it, number of tokens), seq_len + 1 in all."""

@@ -61,7 +61,8 @@ def folder_of(root: str | Path, step: int) -> Path:
 def save(model, root: str | Path, position: Position, others: Mapping[str, object] | None = None, stage: Mapping[str, float] | None = None) -> Path:
     """Write model, optimizer, random states and position. Collective. Returns the folder.
 
-    others: further networks that learn, each in a folder roles/NAME that is a checkpoint by itself. stage: what Stage.state says.
+    others: further networks that learn, each in a folder roles/NAME that is a checkpoint by itself. stage: what Stage.state says, and
+    under "ledger" what was read of each source.
     """
     final = folder_of(root, position.step)
     temporary = final.with_suffix(".tmp")

@@ -108,7 +108,7 @@ class ParallelModel:
         self.rows_alike = getattr(stage, "rows_alike", 1) if shared.is_possible(run, self.on_te) else 1
         self.pull = tune.PullToStart(run.tune.l2_to_init) if role.train and run.tune.l2_to_init else None
         self._forward_backward = get_forward_backward_func()
-        self._metric_names: list[str] | None = None
+        self._metric_names: dict[bool, list[str]] = {}
         self._aux_divisor = 1.0
         if role.train:
             self.config.grad_scale_func = self._scale_loss
@@ -268,7 +268,7 @@ class ParallelModel:
         batches = self._fed(micro_batches)
         self._aux_divisor = self._tokens_for_aux(batches)
         self.num_microbatches = len(batches)
-        return self._reduce(self._pass(batches, partial(self._loss, count=count), forward_only), count)
+        return self._reduce(self._pass(batches, partial(self._loss, count=count), forward_only), count, forward_only)
 
     def _pass(self, batches: list[dict], on_output, forward_only: bool) -> list:
         """Drive megatron's schedule over the micro-batches; what on_output(batch, output) reports, on the last pp rank."""
@@ -387,9 +387,9 @@ class ParallelModel:
 
     # --- reporting --------------------------------------------------------------------------------------------------
 
-    def _reduce(self, outputs: list[dict], count) -> Result:
+    def _reduce(self, outputs: list[dict], count, forward_only: bool) -> Result:
         """Sum the last pp rank's reports over micro-batches and dp, and tell every pp rank."""
-        names = self._names(outputs)
+        names = self._names(outputs, forward_only)
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=count.device)
         for report in outputs:
             for row, name in enumerate(names):
@@ -400,12 +400,12 @@ class ParallelModel:
         found = {name: (total, n) for name, (total, n) in zip(names, sums.tolist())}
         return Result({**found, "loss": (found["loss"][0], float(count))})
 
-    def _names(self, outputs) -> list[str]:
-        """Names of the reports, known on the last pp rank only, told to the others once."""
-        if self._metric_names is None:
+    def _names(self, outputs, forward_only: bool) -> list[str]:
+        """Names of the reports, known on the last pp rank only, told to the others once; validation may report what training does not."""
+        if forward_only not in self._metric_names:
             names = [list(outputs[0]) if outputs else []]
             if self.topology.pp > 1:
                 dist.broadcast_object_list(names, src=mpu.get_pipeline_model_parallel_last_rank(),
                                            group=mpu.get_pipeline_model_parallel_group())
-            self._metric_names = names[0]
-        return self._metric_names
+            self._metric_names[forward_only] = names[0]
+        return self._metric_names[forward_only]

@@ -127,7 +127,8 @@ def test_indices_refuse_what_is_no_course(firsts, weights, words):
 
 def section(train, phases=(), **fields):
     phases = [SimpleNamespace(after_tokens=after, ramp_tokens=ramp, train=items) for after, ramp, items in phases]
-    return SimpleNamespace(**{"train": train, "phases": phases, "replay": [], "replay_share": 0.05, "split": "", "one_epoch": False, **fields})
+    return SimpleNamespace(**{"train": train, "phases": phases, "replay": [], "replay_share": 0.05, "split": "", "one_epoch": False, "max_epochs": {}, "at_cap": "drop",
+                              "storage": "mmap", **fields})
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from engine.data.feed import moved
 from engine.mcore import build, generate, masks, shared, tune
 from engine.sampling import Generated, Sampling
 from engine.stage import Role
@@ -92,7 +91,7 @@ class ParallelModel:
         move batches to the device, see engine/data/feed.py."""
         run = build.for_role(run, role.train, role.head, adapters_of)
         self.run, self.topology, self.stage, self.name, self.role = run, topology, stage, name, role
-        self._to_device = copies.of if copies else partial(moved, device=topology.device)
+        self._to_device = copies.of if copies else lambda tensor: tensor.to(topology.device)
         self.on_te = build.backend_of(run, topology.device) == "te"
         if self.on_te:
             from engine.mcore import spec_te, tp_overlap

@@ -100,15 +100,7 @@ def tensors_of(model, folder):
 
     from engine.hf import FAMILIES
 
-    hf = load_file(f"{folder}/model.safetensors")
-    value = hf.pop("score.weight", None)
-    if value is not None:
-        hf["lm_head.weight"] = hf["model.embed_tokens.weight"]  # any output matrix: it is dropped below
-    tensors = dict(FAMILIES["llama"].from_hf(model, hf))
-    if value is not None:
-        tensors.pop("output_layer.weight")
-        tensors["value_head.weight"] = value
-    return tensors
+    return dict(FAMILIES["llama"].from_hf(model, load_file(f"{folder}/model.safetensors")))
 
 
 # --- TRL's side -------------------------------------------------------------------------------------------------------

@@ -154,10 +154,10 @@ def segment_starts(is_eod: np.ndarray) -> np.ndarray:
     return starts
 
 
-def datasets(run, num_train: int, num_valid: int) -> tuple[NextToken, dict[str, NextToken]]:
+def datasets(run, num_train: int, num_valid: int, goes_on: bool = True) -> tuple[NextToken, dict[str, NextToken]]:
     """The training set with at least num_train samples and the validation sets with num_valid each, as run.data says.
 
-    A run that goes on reads each source in the order in which it began. Raises DataError for missing or broken corpora, too few tokens, a
+    A run that goes on reads each source in the order in which it began; goes_on=False is for what is only measured, at another length maybe. Raises DataError for missing or broken corpora, too few tokens, a
     tokenizer that is larger than the model's vocabulary, and a mixture that contradicts what the run has read (ledger.py).
     """
     data, seq_len, seed = run.data, run.train.seq_len, run.run.seed
@@ -174,7 +174,7 @@ def datasets(run, num_train: int, num_valid: int) -> tuple[NextToken, dict[str, 
     if is_mixture:
         train = build_mixture(data, seq_len, num_train, seed, cache)
         _tell_departures(train, run.train)
-    before, is_same_run = history(run)
+    before, is_same_run = history(run) if goes_on else (None, True)
     if before:
         train = kept(train, before["orders"], num_train, cache)
     for name, samples, wanted in (("data.train", train, num_train), *((f"data.valid.{n}", s, num_valid) for n, s in named.items())):

@@ -20,11 +20,12 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine import schedule
 from engine.config import ConfigError
-from engine.data import needle
+from engine.data import needle, text
 from engine.data.loader import Loader
 from engine.data.needle import Retrieval
 from engine.run_folder import find
@@ -53,7 +54,7 @@ class LongContext(Pretrain):
 
     def runs(self, run, trainer):
         """The rungs that are not done. Raises LadderStopped at one that is done but whose gates are closed now."""
-        self.climb = Climb(run, trainer.place, self.datasets)
+        self.climb = Climb(run, trainer.place, partial(text.datasets, goes_on=False))
         self.climb.measure_baseline(lambda wanted: trainer.frozen(run=wanted))
         for rung in rungs(run):
             if self.climb.is_done(rung):

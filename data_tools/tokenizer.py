@@ -145,7 +145,7 @@ class HFTokenizer:
     def _find_eod(self, folder: Path) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).exists():
-                token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+                token = _config(folder / name).get("eos_token")
                 token = token.get("content") if isinstance(token, dict) else token
                 if token is not None and self._tokenizer.token_to_id(token) is not None:
                     return self._tokenizer.token_to_id(token)
@@ -179,6 +179,16 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _config(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}); fetch the tokenizer again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a JSON {type(values).__name__}, expected an object; fetch the tokenizer again")
+    return values
 
 
 class SentencePieceTokenizer:

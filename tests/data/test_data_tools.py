@@ -287,6 +287,14 @@ def test_hf_eod_comes_from_the_config_then_from_known_names(tmp_path, hf_folder)
         assert load_tokenizer(f"hf:{tmp_path}").eod_id == other != 0
 
 
+@pytest.mark.parametrize("content", ["{broken", "[]"], ids=["cut", "list"])
+def test_a_damaged_config_beside_a_tokenizer_is_named(tmp_path, hf_folder, content):
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match="tokenizer_config.json.*fetch the tokenizer again"):
+        load_tokenizer(f"hf:{tmp_path}")
+
+
 def test_unknown_spec_is_a_usage_error():
     for spec in ("", "hf", "hf:", "gpt2", "sentencepiece"):
         with pytest.raises(UsageError, match="is not one of"):

@@ -187,6 +187,14 @@ optim: {{lr: 0.001}}
 """
 
 
+def test_a_full_disk_names_the_cure(tmp_path, capsys, monkeypatch):
+    corpus = write_corpus(tmp_path / "a", [[[1, 2]]])
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert merge.main(["--input", corpus, "--output-prefix", str(tmp_path / "b")]) == 1
+    assert "No space left on device; make room where the output goes, then give the same command again" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
+
+
 def test_marks_of_filled_middles_are_shown_where_the_tokenizer_knows_none(tmp_path, capsys):
     from data_tools import which
 

@@ -304,7 +304,7 @@ def test_a_server_that_hangs_up_on_everything_is_asked_again(tmp_path, server):
     corpus = open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache")
     assert server.num_deaf == 0 and np.array_equal(corpus.get(7), local.get(7))
     server.num_deaf = 10**6
-    with pytest.raises(DataError, match=r"c\.idx: cannot be read, 6 tries failed, the last with: .*; check the connection"):
+    with pytest.raises(DataError, match=r"c\.idx: cannot be read, 6 tries failed, the last with: .*, because of ServerDisconnectedError: .*; check the connection"):
         open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache")
 
 

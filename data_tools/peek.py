@@ -48,7 +48,7 @@ def peek(args: argparse.Namespace) -> None:
     if args.prefix.lower().endswith((".yaml", ".yml")):
         _peek_run(args)
         return
-    from engine.data.storage import open_corpus
+    from engine.data.storage import is_remote, open_corpus
 
     if args.set:
         raise UsageError(f"--set {args.set[0]} changes a configuration, and {args.prefix} is none (.yaml)")
@@ -63,7 +63,8 @@ def peek(args: argparse.Namespace) -> None:
         _print_sample(corpus, args)
     else:
         counts = f"{corpus.num_documents} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens"
-        print(f"{counts}, {corpus.dtype.name}, greatest id {corpus.max_token()}")
+        greatest = "" if is_remote(args.prefix) else f", greatest id {corpus.max_token()}"  # it would fetch the whole .bin
+        print(f"{counts}, {corpus.dtype.name}{greatest}")
 
 
 def _decoder(spec: str | None, marks: Mapping[int, str] = {}):

@@ -14,6 +14,7 @@
 #include "corpus.hpp"
 #include "error.hpp"
 #include "gather.hpp"
+#include "mapped_file.hpp"
 
 namespace py = pybind11;
 
@@ -43,6 +44,13 @@ py::array view(py::dtype dtype, int64_t count, const char* data, py::handle owne
     py::array array(dtype, {count}, {dtype.itemsize()}, data, owner);
     array.attr("setflags")(py::arg("write") = false);
     return array;
+}
+
+py::array map_file(const std::string& path) {
+    auto file = std::make_unique<MappedFile>(path, "check the path");
+    const MappedFile& mapped = *file;
+    const py::capsule owner(file.release(), [](void* pointer) { delete static_cast<MappedFile*>(pointer); });
+    return view(py::dtype::of<uint8_t>(), static_cast<int64_t>(mapped.size()), mapped.data(), owner);
 }
 
 // Bytes of the .bin that some tokens of a sequence lie in.
@@ -234,6 +242,7 @@ void bind_corpus(py::module_& module) {
         .def("max_token", &Corpus::max_token, py::call_guard<py::gil_scoped_release>());
     bind_gather<int32_t>(module);
     bind_gather<int64_t>(module);
+    module.def("map_file", &map_file, py::arg("path"), "uint8 [size]: a file as memory, read-only. Unlike Python's mmap it holds no descriptor.");
 }
 
 }  // namespace trireme

@@ -7,6 +7,7 @@ user can make end in one line on stderr, never in a traceback. Imports nothing h
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,7 +31,8 @@ def run_tool(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace
     except UsageError as error:
         return _report(parser, str(error), 2)
     except (DataError, OSError) as error:
-        return _report(parser, str(error), 1)
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        return _report(parser, f"{error}{'; make room where the output goes, then give the same command again' if is_full else ''}", 1)
     except KeyboardInterrupt:
         return _report(parser, "interrupted; no output was written", 1)
     return 0

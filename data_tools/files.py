@@ -20,6 +20,7 @@ from engine.data.indexed import DataError
 JSONL_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py"}
 COMPRESSED = {".gz", ".zst"}
+OUR_NOTES = (".manifest.json", "_report.jsonl")  # what our tools write beside their outputs; in a folder they are no documents
 
 
 def input_format(path: str, override: str = "auto") -> str:
@@ -47,7 +48,7 @@ def _kind(path: str) -> str | None:
 def expand(inputs: Sequence[str], override: str = "auto") -> list[str]:
     """Files of the inputs, in their order: a file is itself, a glob its matches, a folder the documents anywhere under it, both sorted.
 
-    In a folder hidden files are passed over, and files of other kinds too, with a word on stderr, unless override names a format.
+    In a folder hidden files are passed over, and manifests, reports and files of other kinds too, with a word on stderr, unless override names a format.
     Raises UsageError for a glob without a match and for a folder without documents, DataError for a file that is missing.
     """
     paths: list[str] = []
@@ -80,7 +81,8 @@ def _files_under(folder: str, override: str) -> list[str]:
         for name in sorted(names):
             if not name.startswith("."):
                 path = os.path.join(parent, name)
-                (found if override != "auto" or _kind(path) else others).append(path)
+                is_document = override != "auto" or (_kind(path) and not name.endswith(OUR_NOTES))
+                (found if is_document else others).append(path)
     if others:
         print(f"{folder}: {len(others)} files of other kinds were left out, the first {others[0]}; --format takes them", file=sys.stderr)
     if not found:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_tools.cli import UsageError, positive, run_tool
@@ -48,7 +48,7 @@ def peek(args: argparse.Namespace) -> None:
     if args.prefix.lower().endswith((".yaml", ".yml")):
         _peek_run(args)
         return
-    from engine.data.storage import open_corpus
+    from engine.data.storage import is_remote, open_corpus
 
     if args.set:
         raise UsageError(f"--set {args.set[0]} changes a configuration, and {args.prefix} is none (.yaml)")
@@ -63,23 +63,17 @@ def peek(args: argparse.Namespace) -> None:
         _print_sample(corpus, args)
     else:
         counts = f"{corpus.num_documents} documents, {len(corpus)} sequences, {corpus.num_tokens} tokens"
-        print(f"{counts}, {corpus.dtype.name}, greatest id {corpus.max_token()}")
+        greatest = "" if is_remote(args.prefix) else f", greatest id {corpus.max_token()}"  # it would fetch the whole .bin
+        print(f"{counts}, {corpus.dtype.name}{greatest}")
 
 
-def _decoder(spec: str | None):
+def _decoder(spec: str | None, marks: Mapping[int, str] = {}):
     if spec is None:
         return lambda ids: " ".join(map(str, ids))
-    from data_tools.tokenizer import load_tokenizer
-    from engine.data.indexed import DataError
+    from data_tools.tokenizer import decode_marked, load_tokenizer
 
     tokenizer = load_tokenizer(spec)
-
-    def decode(ids: list[int]) -> str:
-        if ids and max(ids) >= tokenizer.vocab_size:
-            raise DataError(f"id {max(ids)} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}; the corpus was written with another tokenizer")
-        return tokenizer.decode(ids)
-
-    return decode
+    return lambda ids: decode_marked(tokenizer, ids, marks)
 
 
 def _print_document(corpus, number: int, show) -> None:
@@ -141,6 +135,8 @@ def _peek_run(args: argparse.Namespace) -> None:
     from engine.config import ConfigError, load_config
     from engine.stages import build_stage
 
+    from data_tools.tokenizer import fim_marks
+
     if args.sample is None:
         raise UsageError("a configuration needs --sample N, the number of a training sample; peek into a corpus by its prefix")
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,7 +153,7 @@ def _peek_run(args: argparse.Namespace) -> None:
         _check_number(args.sample, len(dataset))
         print(f"sample {args.sample} of the {num_samples} that the run asks for, stage {run.stage}")
         _print_sources(getattr(dataset, "samples", None), args.sample)
-        _print_rows(dataset, args.sample, _decoder(args.tokenizer or run.data.tokenizer or None))
+        _print_rows(dataset, args.sample, _decoder(args.tokenizer or run.data.tokenizer or None, fim_marks(run)))
 
 
 def _print_sources(samples, number: int) -> None:

@@ -169,7 +169,7 @@ def parse_block(block: Block, json_keys: Sequence[str]) -> tuple[list[int], list
 def _records(block: Block, json_keys: Sequence[str], problems: list[Problem]) -> Iterator[tuple[int, object]]:
     """(line, JSON value, row or text) of every document that can be read at all; the others go to problems."""
     if block.kind == "parquet":
-        rows = zip(*(block.data.column(key).to_pylist() for key in json_keys))
+        rows = zip(*(column_values(block, key) for key in json_keys))
         yield from ((line, dict(zip(json_keys, row))) for line, row in enumerate(rows, start=block.first_line))
         return
     from orjson import JSONDecodeError, loads
@@ -186,6 +186,27 @@ def _records(block: Block, json_keys: Sequence[str], problems: list[Problem]) ->
             problems.append(Problem(block.path, line, _reason(error)))
             continue
         yield line, record
+
+
+def column_values(block: Block, name: str) -> list:
+    """The values of a Parquet column. Nothing checks texts when they are written: one that is no UTF-8 stands as the error that it raises.
+
+    Raises DataError where such a text lies inside a list or a record.
+    """
+    column = block.data.column(name)
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if column.type.num_fields:
+            raise DataError(f"{block.path}: column {name!r}, {column.type}, holds text that is no UTF-8; write the file again") from None
+        return list(map(_value, column))
+
+
+def _value(scalar: pyarrow.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _slow_loads(raw: bytes) -> object:
@@ -235,6 +256,8 @@ def _checked(record: object, json_key: str) -> str:
     if json_key not in record:
         raise ValueError(f"no key {json_key!r} among {', '.join(map(repr, record)) or 'no keys'}; choose another with --json-key")
     text = record[json_key]
+    if isinstance(text, UnicodeDecodeError):
+        raise text
     if type(text) is not str:
         raise ValueError(f"{json_key!r} is a {type(text).__name__}, expected a string")
     if not text.isascii():

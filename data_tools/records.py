@@ -20,7 +20,7 @@ import orjson
 from data_tools.cli import UsageError
 from data_tools.files import need
 from data_tools.options import OUTPUT_SUFFIXES
-from data_tools.reader import Block, Problem, parse_block
+from data_tools.reader import Block, Problem, column_values, parse_block
 from engine.data.indexed import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # it belongs to a file, not to its first record
@@ -53,8 +53,9 @@ def raw_lines(block: Block, json_key: str) -> Iterator[tuple[int, bytes]]:
     elif block.kind == "text":
         yield 1, orjson.dumps({json_key: block.data.decode("utf-8-sig", "replace")})
     else:
-        for number, row in enumerate(block.data.to_pylist(), start=block.first_line):
-            yield number, orjson.dumps(row, default=_plain)
+        names = block.data.schema.names
+        for number, row in enumerate(zip(*(column_values(block, name) for name in names)), start=block.first_line):
+            yield number, orjson.dumps(dict(zip(names, row)), default=_plain)
 
 
 def with_text(raw: bytes, key: str, text: str) -> bytes:
@@ -63,7 +64,9 @@ def with_text(raw: bytes, key: str, text: str) -> bytes:
 
 
 def _plain(value: object) -> object:
-    """What JSON has no type for, as text: decimals, durations, bytes."""
+    """What JSON has no type for, as text: decimals, durations, bytes, and bytes that a column calls text."""
+    if isinstance(value, UnicodeDecodeError):
+        value = value.object
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 

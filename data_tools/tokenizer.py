@@ -13,9 +13,9 @@ Left out: chat templates, tokenizers that need Python code from a model folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -78,6 +78,24 @@ def starts_from_bytes(text: str, byte_lengths: np.ndarray) -> np.ndarray:
         return starts
     is_first_byte = (np.frombuffer(text.encode("utf-8"), dtype=np.uint8) & 0xC0) != 0x80
     return np.cumsum(is_first_byte)[starts] - 1
+
+
+def decode_marked(tokenizer: Tokenizer, ids: Sequence[int], marks: Mapping[int, str]) -> str:
+    """The text of ids, some of which stand for marks that the tokenizer may not know, such as those of data.fim: their names are shown.
+
+    Raises DataError for other ids that it does not know.
+    """
+    unknown = {i: name for i, name in marks.items() if i >= tokenizer.vocab_size}
+    greatest = max((i for i in ids if i not in unknown), default=-1)
+    if greatest >= tokenizer.vocab_size:
+        raise DataError(f"id {greatest} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}; the corpus was written with another tokenizer")
+    return "".join(name * len(run) if name else tokenizer.decode(run) for name, run in ((n, list(r)) for n, r in groupby(ids, unknown.get)))
+
+
+def fim_marks(run) -> dict[int, str]:
+    """id -> name of the marks that a run's data.fim puts into its text."""
+    fim = run.data.fim
+    return {fim.prefix_id: "<prefix>", fim.middle_id: "<middle>", fim.suffix_id: "<suffix>"} if fim.rate else {}
 
 
 class ByteTokenizer:
@@ -145,7 +163,7 @@ class HFTokenizer:
     def _find_eod(self, folder: Path) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).exists():
-                token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+                token = _config(folder / name).get("eos_token")
                 token = token.get("content") if isinstance(token, dict) else token
                 if token is not None and self._tokenizer.token_to_id(token) is not None:
                     return self._tokenizer.token_to_id(token)
@@ -179,6 +197,16 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def _config(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}); fetch the tokenizer again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a JSON {type(values).__name__}, expected an object; fetch the tokenizer again")
+    return values
 
 
 class SentencePieceTokenizer:

@@ -6,7 +6,7 @@
 In: the same files as preprocess.py. Out, for a byte-level BPE: a folder with tokenizer.json and tokenizer_config.json, which
 transformers.AutoTokenizer and `hf:DIR` here both load, with `<|endoftext|>` (id 0) as end-of-document and padding token. For
 SentencePiece: a folder with tokenizer.model, for `sentencepiece:DIR/tokenizer.model`, with `</s>` (id 2) as end of document; text is
-kept as it is, white space too. Every byte has an id in both, so no text is unknown.
+kept as it is, white space too. Every byte has an id in both, so no text is unknown. Beside the model lies its manifest.
 Left out: unigram models, chat templates, further special tokens.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,34 +38,41 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json-key", default="text", metavar="KEY", help="the key that holds the text (default: text)")
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do at a malformed document (default: stop)")
     parser.add_argument("--format", choices=("auto", "jsonl", "text", "parquet"), default="auto", help="input format (default: by the file's suffix)")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
 
-def read_texts(args: argparse.Namespace, paths: list[str]) -> Iterator[str]:
-    """The texts of all inputs; malformed documents are listed on stderr and stop the run unless --on-error skip."""
+def read_texts(args: argparse.Namespace, paths: list[str], counts: Counter) -> Iterator[str]:
+    """The texts of all inputs, counted; malformed documents are listed on stderr and stop the run unless --on-error skip."""
+    from data_tools.progress import Progress
     from data_tools.reader import parse_block, read_blocks
+    from data_tools.records import total_size
     from engine.data.indexed import DataError
 
-    num_malformed = 0
-    for block in read_blocks(paths, args.format, [args.json_key]):
-        _, (texts,), problems = parse_block(block, [args.json_key])
-        for problem in problems:
-            print(problem, file=sys.stderr)
-        num_malformed += len(problems)
-        if problems and args.on_error == "stop":
-            raise DataError(f"{len(problems)} malformed documents, the first at {problems[0]}; mend them, or leave them out with --on-error skip")
-        yield from texts
-    if num_malformed:
-        print(f"{num_malformed} malformed documents were left out", file=sys.stderr)
+    with Progress("train_tokenizer: reading", total_size(paths), args.quiet) as progress:
+        for block in read_blocks(paths, args.format, [args.json_key]):
+            _, (texts,), problems = parse_block(block, [args.json_key])
+            for problem in problems:
+                print(problem, file=sys.stderr)
+            counts.update(documents=len(texts), malformed=len(problems))
+            if problems and args.on_error == "stop":
+                raise DataError(f"{len(problems)} malformed documents, the first at {problems[0]}; mend them, or leave them out with --on-error skip")
+            yield from texts
+            progress.add(block.num_bytes, len(texts))
+    if counts["malformed"]:
+        print(f"{counts['malformed']} malformed documents were left out", file=sys.stderr)
 
 
 def train(args: argparse.Namespace) -> None:
     if args.vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(f"--vocab-size {args.vocab_size} is below {MIN_VOCAB_SIZE}, the 256 bytes and {END_TOKEN}")
     from data_tools.files import expand
+    from data_tools.manifest import write_manifest
 
-    texts = read_texts(args, expand(args.input, args.format))
-    size = (train_sentencepiece if args.kind == "sentencepiece" else train_bpe)(texts, args.vocab_size, Path(args.output))
+    paths, counts, folder = expand(args.input, args.format), Counter(), Path(args.output)
+    make, names = (train_sentencepiece, ["tokenizer.model"]) if args.kind == "sentencepiece" else (train_bpe, ["tokenizer_config.json", "tokenizer.json"])
+    size = make(read_texts(args, paths, counts), args.vocab_size, folder)
+    write_manifest(folder / names[-1], "train_tokenizer", vars(args), paths, [folder / name for name in names], dict(counts) | {"ids": size})
     print(f"{size} ids -> {args.output}")
     if size < args.vocab_size:
         print(f"warning: the text gave {size} ids, not {args.vocab_size}; use more text for a larger vocabulary", file=sys.stderr)

@@ -170,9 +170,10 @@ def _shown(found: dict) -> str:
 def _decoder(run):
     if not run.data.tokenizer:
         return lambda ids: " ".join(map(str, ids))
-    from data_tools.tokenizer import load_tokenizer
+    from data_tools.tokenizer import decode_marked, fim_marks, load_tokenizer
 
-    return load_tokenizer(run.data.tokenizer).decode
+    tokenizer, marks = load_tokenizer(run.data.tokenizer), fim_marks(run)
+    return lambda ids: decode_marked(tokenizer, ids, marks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,7 +125,9 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _tell(error: BaseException) -> str:
-    status = _status(error)
+    status, cause = _status(error), error.__cause__
+    if status is None and cause is not None:  # fsspec's http says FileNotFoundError to everything
+        return f"{type(error).__name__}: {error}, because of {type(cause).__name__}: {cause}"
     return f"{type(error).__name__}: {error}" + (f" (status {status})" if status and str(status) not in str(error) else "")
 
 

@@ -187,6 +187,30 @@ optim: {{lr: 0.001}}
 """
 
 
+def test_a_full_disk_names_the_cure(tmp_path, capsys, monkeypatch):
+    corpus = write_corpus(tmp_path / "a", [[[1, 2]]])
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert merge.main(["--input", corpus, "--output-prefix", str(tmp_path / "b")]) == 1
+    assert "No space left on device; make room where the output goes, then give the same command again" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
+
+
+def test_marks_of_filled_middles_are_shown_where_the_tokenizer_knows_none(tmp_path, capsys):
+    from data_tools import which
+
+    a = make_texts(tmp_path, "a", ["abcdefghij" * 9] * 3)
+    config = tmp_path / "config.yaml"
+    fim = "{rate: 1, prefix_id: 300, middle_id: 301, suffix_id: 302}"
+    config.write_text(CONFIG.format(folder=tmp_path, stage="pretrain", train=f"[{a}], fim: {fim}"))
+    for show in ([peek.main, str(config), "--sample", "1"], [which.main, str(tmp_path), "--step", "1", "--text"]):
+        assert show[0](show[1:]) == 0, capsys.readouterr().err
+        out = capsys.readouterr().out
+        assert all(out.count(mark) for mark in ("<prefix>", "<suffix>", "<middle>"))
+    write_corpus(a, [[[299] * 90]] * 3)
+    assert which.main([str(tmp_path), "--step", "1", "--text"]) == 1
+    assert "id 299 is outside the tokenizer's vocabulary of 257" in capsys.readouterr().err
+
+
 def test_peek_shows_a_sample_of_a_runs_mixture(tmp_path, capsys):
     from engine.config import load_config
     from engine.data.text import datasets

@@ -13,6 +13,7 @@ import pytest
 
 from data_tools import merge, peek, preprocess, train_tokenizer
 from data_tools.cli import UsageError
+from data_tools.manifest import read_manifest
 from data_tools.tokenizer import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN, load_tokenizer
 from engine.data.indexed import DataError, IndexedCorpus
 
@@ -287,6 +288,14 @@ def test_hf_eod_comes_from_the_config_then_from_known_names(tmp_path, hf_folder)
         assert load_tokenizer(f"hf:{tmp_path}").eod_id == other != 0
 
 
+@pytest.mark.parametrize("content", ["{broken", "[]"], ids=["cut", "list"])
+def test_a_damaged_config_beside_a_tokenizer_is_named(tmp_path, hf_folder, content):
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match="tokenizer_config.json.*fetch the tokenizer again"):
+        load_tokenizer(f"hf:{tmp_path}")
+
+
 def test_unknown_spec_is_a_usage_error():
     for spec in ("", "hf", "hf:", "gpt2", "sentencepiece"):
         with pytest.raises(UsageError, match="is not one of"):
@@ -312,7 +321,10 @@ def test_train_tokenizer_refusals(tmp_path, capsys):
     assert not (tmp_path / "t").exists()
     assert train_tokenizer.main(arguments + ["--on-error", "skip"]) == 0
     assert "the text gave" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path / "t")) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(tmp_path / "t")) == ["tokenizer.json", "tokenizer.json.manifest.json", "tokenizer_config.json"]
+    manifest = read_manifest(tmp_path / "t/tokenizer.json.manifest.json")
+    assert manifest["tool"] == "train_tokenizer" and manifest["counts"]["malformed"] == 7 and manifest["counts"]["documents"] > 0
+    assert [entry["path"] for entry in manifest["inputs"] + manifest["outputs"]] == ["../a.jsonl", "tokenizer_config.json", "tokenizer.json"]
     assert train_tokenizer.main(["--input", source, "--vocab-size", "256", "--output", str(tmp_path / "u")]) == 2
     assert "below 257" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings, strategies
@@ -217,6 +218,25 @@ def test_parquet_rows_are_records(tmp_path):
     assert run(tmp_path / "a.parquet", output=tmp_path / "o.jsonl", options=["--rules", "min_words"]) == 1
     assert run(tmp_path / "a.parquet", output=tmp_path / "o.jsonl", options=["--rules", "min_words", "--on-error", "skip"]) == 0
     assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_bytes().splitlines()] == [{"text": GOOD, "n": 1, "tags": ["a"]}]
+
+
+def test_parquet_rows_that_are_no_utf8(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    bounds, joined = np.array([0, 3, 6, 9], np.int32).tobytes(), b"onex\xffytwo"
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, pyarrow.py_buffer(bounds), pyarrow.py_buffer(joined)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"title": column, "text": ["a", "b", "c"]}), tmp_path / "b.parquet")
+    assert run(tmp_path / "a.parquet", output=tmp_path / "o.jsonl", options=["--on-error", "skip"]) == 0
+    assert "a.parquet:2: not UTF-8: byte 0xff at offset 1" in capsys.readouterr().err
+    assert [json.loads(line)["n"] for line in (tmp_path / "o.jsonl").read_bytes().splitlines()] == [1, 3]
+    assert run(tmp_path / "b.parquet", output=tmp_path / "o.jsonl") == 0  # of another column what JSON can hold is kept
+    assert [json.loads(line)["title"] for line in (tmp_path / "o.jsonl").read_bytes().splitlines()] == ["one", "x\ufffdy", "two"]
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2, 3], pyarrow.int32()), column)
+    pyarrow.parquet.write_table(pyarrow.table({"tags": lists, "text": ["a", "b", "c"]}), tmp_path / "c.parquet")
+    assert run(tmp_path / "c.parquet", output=tmp_path / "o.jsonl") == 1
+    assert "c.parquet: column 'tags', list<element: string>, holds text that is no UTF-8" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

@@ -187,6 +187,36 @@ def test_null_rows_are_reported(tmp_path):
     ]  # fmt: skip
 
 
+def no_utf8_parquet(path):
+    """Three rows, the second of which is no UTF-8: Parquet does not check texts, and its readers do."""
+    rows = [b"one", b"x\xffy", b"two"]
+    bounds = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, *map(pyarrow.py_buffer, (bounds.tobytes(), b"".join(rows)))])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    return path
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_rows_that_are_no_utf8_are_reported(tmp_path, capsys, workers):
+    source = no_utf8_parquet(tmp_path / "a.parquet")
+    assert run(source, prefix=tmp_path / "out", options=["--workers", workers]) == 1
+    assert f"{source}:2: not UTF-8: byte 0xff at offset 1" in capsys.readouterr().err
+    assert run(source, prefix=tmp_path / "out", options=["--workers", workers, "--on-error", "skip"]) == 0
+    assert corpus_bytes(tmp_path / "out")[0] == np.frombuffer(b"onetwo", np.uint8).astype(np.uint16).tobytes()
+    assert json.loads((tmp_path / "out_report.jsonl").read_text())["line"] == 2
+
+
+def test_what_the_tools_write_about_a_folder_is_no_document_of_it(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", ["one", ""])
+    assert run(tmp_path, prefix=tmp_path / "out") == 0
+    first = corpus_bytes(tmp_path / "out")
+    assert {"out_report.jsonl", "out_text_document.manifest.json"} <= set(files_in(tmp_path))
+    assert run(tmp_path, prefix=tmp_path / "out") == 0
+    assert corpus_bytes(tmp_path / "out") == first
+    assert "5 files of other kinds were left out, the first" in capsys.readouterr().err
+    assert reader.expand([str(tmp_path / "*.manifest.json")]) == [str(tmp_path / "out_text_document.manifest.json")]
+
+
 # --- Megatron's bytes
 
 

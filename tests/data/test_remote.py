@@ -304,8 +304,18 @@ def test_a_server_that_hangs_up_on_everything_is_asked_again(tmp_path, server):
     corpus = open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache")
     assert server.num_deaf == 0 and np.array_equal(corpus.get(7), local.get(7))
     server.num_deaf = 10**6
-    with pytest.raises(DataError, match=r"c\.idx: cannot be read, 6 tries failed, the last with: .*; check the connection"):
+    with pytest.raises(DataError, match=r"c\.idx: cannot be read, 6 tries failed, the last with: .*, because of ServerDisconnectedError: .*; check the connection"):
         open_corpus(f"{server.url}/c", cache_dir=tmp_path / "cache")
+
+
+def test_a_summary_fetches_nothing_of_the_bin(tmp_path, server, capsys, monkeypatch):
+    from data_tools import peek
+
+    write(tmp_path / "c", LENGTHS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert peek.main([f"{server.url}/c"]) == 0
+    assert f"{len(LENGTHS)} documents, {len(LENGTHS)} sequences, {sum(LENGTHS)} tokens, uint16\n" == capsys.readouterr().out
+    assert not any(next((tmp_path / "user").rglob("corpus.blocks")).read_bytes())
 
 
 def test_a_refusal_is_final(tmp_path, server):

@@ -187,6 +187,19 @@ def test_ten_thousand_corpora_open_and_read_with_few_descriptors(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_samples_of_many_corpora_hold_no_descriptors(tmp_path):
+    items = [item for k in range(12) for item in ("1", write(tmp_path / str(k), [30, 50], seed=k))]
+    num_open = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    before, built = num_open(), []
+    for _ in ("made", "found in the cache"):
+        built.append(build_pretraining(items, "1", 8, (100, 0, 0), 1, tmp_path / "cache")[0])
+        assert num_open() == before
+    plain = build_pretraining(items, "1", 8, (100, 0, 0), 1)[0]
+    assert all(np.array_equal(samples.gather(np.arange(100)), plain.gather(np.arange(100))) for samples in built)
+    index = built[1].datasets[0].sample_index
+    assert not index.flags.owndata and not index.flags.writeable  # the file's pages, which ranks share
+
+
 HUGE = """
 import re, sys, time
 from engine.data.indexed import IndexedCorpus

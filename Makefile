@@ -42,7 +42,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 test: $(VENV)/.installed
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2 --dist loadfile
 
 # A second stamp, so that the suite itself stays without them.
 $(VENV)/.extras: $(VENV)/.installed

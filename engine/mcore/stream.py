@@ -74,9 +74,13 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
                 problems.append(f"{name} has shape {tuple(tensor.shape)}, the model wants {wanted}")
                 continue
             for place in found:
-                stored.setdefault(place.key, (tensor.dtype, place.global_shape, []))[2].append(place)
+                dtype, *rest = stored.get(place.key, (tensor.dtype, place.global_shape, []))
+                stored[place.key] = torch.promote_types(dtype, tensor.dtype), *rest  # layers share a key, whose dtype rounds none of them
+                rest[-1].append(place)
                 _put(waiting, (place, tensor[place.part]), writers)
             del tensor
+            if any(writer.error is not None for writer in writers):
+                break  # a full disk, say: no need to read what nobody will write
     finally:
         for _ in writers:
             _put(waiting, None, writers)

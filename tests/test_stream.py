@@ -18,9 +18,9 @@ def stored(tmp_path_factory):
 
 
 def metadata_of(folder):
-    from torch.distributed.checkpoint import FileSystemReader
+    from engine.mcore import stream
 
-    return FileSystemReader(folder).read_metadata()
+    return stream.read_metadata(folder)
 
 
 def test_what_torch_wrote_is_read_back(stored):
@@ -64,6 +64,20 @@ def test_ours_is_read_by_torch_and_by_us(written):
         box = tuple(slice(o, o + n) for o, n in zip(offsets, sizes))
         assert torch.equal(stream.read(folder, metadata, "layers", offsets, sizes), layers[box])
     assert sum(path.stat().st_size for path in folder.glob("*.distcp")) < 12_000      # not all of the memory that they were cut out of
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_metadata_runs_no_code(written):
+    from engine.mcore import stream
+
+    folder, *_ = written
+    (folder / ".metadata").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(pickle.UnpicklingError, match=r"names builtins.print, which describes no tensors"):
+        stream.read_metadata(folder)
 
 
 def test_a_file_outside_and_a_shard_that_is_gone_are_refused(written):

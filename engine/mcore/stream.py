@@ -1,7 +1,7 @@
 """A checkpoint's tensors one at a time, read and written by one process without process groups' help: what conversions use.
 
     write(folder, shards, tensors)          # (name, whole tensor) pairs in any order -> torch_dist files
-    piece = read(folder, metadata, key, offsets, sizes)
+    piece = read(folder, read_metadata(folder), key, offsets, sizes)
 
 Memory is that of a few tensors, not of a model. The files are those that torch.distributed.checkpoint writes (its `.metadata`, its
 `.distcp` files), so megatron's dist_checkpointing and torch's own tools read them as any other checkpoint.
@@ -149,6 +149,34 @@ def _finish(folder: Path, stored: Mapping[str, tuple], entries: list) -> None:
         pickle.dump(Metadata(described, None, dict(entries)), file)
     TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
     save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata` of a folder, a pickle: one that names anything but descriptions of tensors is refused, so that a foreign one runs no code."""
+    with open(folder / ".metadata", "rb") as file:
+        return _Descriptions(file).load()
+
+
+class _Descriptions(pickle.Unpickler):
+    """Unpickles what torch and megatron write into `.metadata`; raises UnpicklingError for any other name."""
+
+    ALLOWED = {
+        "torch": ("Size", "device"),
+        "torch.distributed.checkpoint.metadata": ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                                                  "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+        "torch.serialization": ("_get_layout",),
+        "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+        "collections": ("OrderedDict", "defaultdict"),
+        "builtins": ("set", "frozenset", "slice", "list", "dict", "tuple"),
+        "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    }
+
+    def find_class(self, module: str, name: str):
+        if name in self.ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which describes no tensors")
 
 
 def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

@@ -33,7 +33,8 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     checkpoint, family = engine_checkpoints(), FAMILIES[run.model.family]
     names = [name for pair in family.pairs(run.model) for name in pair.hf]
     with Ahead(tensors, names) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
-        checkpoint.write_tensors(draft, run, chain(family.from_hf(run.model, ahead), adapters.items()), lambda n: bar.add(num_bytes=n))
+        kept = ((name, tensor) for name, tensor in family.from_hf(run.model, ahead) if name not in adapters)  # an adapter may bring a head of its own
+        checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n))
     return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, mtp_prefixes(hf))
 
 

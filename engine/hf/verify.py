@@ -151,7 +151,7 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
             from peft import PeftModel
         except ImportError as error:
             raise HFError(f"comparing logits of adapters needs peft ({error}); install it: pip install peft") from None
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, adapter).get_base_model()  # with the adapters in its layers
     model.eval()
     if is_classifier:
         return lambda tokens: model.score(model.base_model(tokens).last_hidden_state).float()

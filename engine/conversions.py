@@ -8,6 +8,7 @@ Left out: names and renaming (the caller's), quantised folders.
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -32,7 +33,8 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     checkpoint, family = engine_checkpoints(), FAMILIES[run.model.family]
     names = [name for pair in family.pairs(run.model) for name in pair.hf]
     with Ahead(tensors, names) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
-        checkpoint.write_tensors(draft, run, chain(family.from_hf(run.model, ahead), adapters.items()), lambda n: bar.add(num_bytes=n))
+        kept = ((name, tensor) for name, tensor in family.from_hf(run.model, ahead) if name not in adapters)  # an adapter may bring a head of its own
+        checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n))
     return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, mtp_prefixes(hf))
 
 
@@ -93,8 +95,9 @@ def average(args: argparse.Namespace, draft: Path) -> str:
 
     are_hf = [(source / "config.json").is_file() for source in args.source]
     weights = args.weights or [1.0] * len(args.source)
-    if len(weights) != len(args.source) or min(weights) < 0 or sum(weights) <= 0:
-        raise ConfigError([f"--weights has {len(weights)} numbers for {len(args.source)} models; give one of 0 or more for each, not all 0"])
+    if len(weights) != len(args.source) or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+        raise ConfigError([f"--weights {' '.join(map(str, weights))} has {len(weights)} numbers for {len(args.source)} models; "
+                           "give a finite one of 0 or more for each, not all 0"])
     if any(are_hf) and not all(are_hf):
         raise ConfigError([f"{args.source[are_hf.index(False)]} is no Hugging Face folder and {args.source[are_hf.index(True)]} is one; convert one of them first"])
     checkpoint = engine_checkpoints()
@@ -125,8 +128,8 @@ def upcycle(args: argparse.Namespace, draft: Path) -> str:
     if run.model.moe.num_experts or run.lora.rank or run.model.family not in UPCYCLED:
         what = "has experts already" if run.model.moe.num_experts else "has adapters" if run.lora.rank else f"is of family {run.model.family}"
         raise ConfigError([f"{args.source} {what}; upcycling takes merged dense models of {', '.join(UPCYCLED)}"])
-    if not 1 <= args.top_k <= args.num_experts:
-        raise ConfigError([f"--top-k {args.top_k} of --num-experts {args.num_experts}: choose at least 1 and at most all of them"])
+    if not 2 <= args.top_k <= args.num_experts:  # the weight of one expert alone would be 1 whatever the router says, which then learns nothing
+        raise ConfigError([f"--top-k {args.top_k} of --num-experts {args.num_experts}: choose at least 2 and at most all of them"])
     moe = {"num_experts": args.num_experts, "top_k": args.top_k, "softmax_after_top_k": True}
     dense = run.model.model_dump()
     sparse = run.model_copy(update={"model": Model.model_validate(dense | {"family": UPCYCLED[run.model.family], "size": "custom", "moe": dense["moe"] | moe})})

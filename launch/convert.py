@@ -18,6 +18,7 @@ Left out: quantised folders.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -71,8 +72,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"there is no folder {args.adapter}")
     if args.target.exists():
         parser.error(f"{args.target} exists already; name another folder or remove it")
-    if getattr(args, "tolerance", 1) <= 0 or (args.command == "to-hf" and args.shard_gb <= 0):
-        parser.error("--tolerance and --shard-gb must be positive")
+    if not all(0 < number < math.inf for number in (getattr(args, "tolerance", 1), getattr(args, "shard_gb", 1))):
+        parser.error("--tolerance and --shard-gb must be positive and finite")
     if args.command == "to-hf" and args.public and not args.upload:
         parser.error("--public says who sees what --upload REPO uploads; name the repository")
     return args
@@ -112,8 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # people's mistakes; anything else is ours and keeps its traceback
         from engine.config import ConfigError
 
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        is_usage = isinstance(error, ConfigError)  # its text is a list, which begins on a line of its own
+        print("\n".join([*(["error:", str(error)] if is_usage else [f"error: {error}"]), *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 2 if is_usage else 1
     print(f"{args.target}: {verdict}")
     return upload(args) if getattr(args, "upload", None) else 0
 

@@ -18,9 +18,9 @@ def stored(tmp_path_factory):
 
 
 def metadata_of(folder):
-    from torch.distributed.checkpoint import FileSystemReader
+    from engine.mcore import stream
 
-    return FileSystemReader(folder).read_metadata()
+    return stream.read_metadata(folder)
 
 
 def test_what_torch_wrote_is_read_back(stored):
@@ -66,6 +66,20 @@ def test_ours_is_read_by_torch_and_by_us(written):
     assert sum(path.stat().st_size for path in folder.glob("*.distcp")) < 12_000      # not all of the memory that they were cut out of
 
 
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_metadata_runs_no_code(written):
+    from engine.mcore import stream
+
+    folder, *_ = written
+    (folder / ".metadata").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(pickle.UnpicklingError, match=r"names builtins.print, which describes no tensors"):
+        stream.read_metadata(folder)
+
+
 def test_a_file_outside_and_a_shard_that_is_gone_are_refused(written):
     from engine.mcore import stream
 
@@ -89,6 +103,35 @@ def test_a_writer_that_fails_fails_the_call(tmp_path):
     with pytest.raises(IsADirectoryError):
         stream.write(tmp_path, {f"w{i}": place for i in range(9)}, ((f"w{i}", torch.zeros(4)) for i in range(9)))
     assert not (tmp_path / ".metadata").exists()
+
+
+def test_layers_of_two_dtypes_lose_nothing(tmp_path):
+    """Layers share a key, which has one dtype: the wider."""
+    from engine.mcore import stream, topology
+
+    topology.start_single()
+    layers = [torch.randn(4).bfloat16(), torch.randn(4)]
+    where = {f"layer{i}": [stream.Place("layers", (2, 4), (i, 0), (slice(0, 4),))] for i in range(2)}
+    stream.write(tmp_path, where, ((f"layer{i}", layer) for i, layer in enumerate(layers)))
+    metadata = metadata_of(tmp_path)
+    for i, layer in enumerate(layers):
+        assert torch.equal(stream.read(tmp_path, metadata, "layers", (i, 0), (1, 4))[0], layer.float())
+
+
+def test_nothing_more_is_made_when_a_writer_has_failed(tmp_path):
+    from engine.mcore import stream
+
+    made, names = [], [f"w{i}" for i in range(50)]
+    (tmp_path / "__0_0.distcp").mkdir()
+
+    def tensors():
+        for name in names:
+            made.append(name)
+            yield name, torch.zeros(4)
+
+    with pytest.raises(IsADirectoryError):
+        stream.write(tmp_path, {name: [stream.Place(name, (4,), (0,), (slice(0, 4),))] for name in names}, tensors(), num_threads=1)
+    assert len(made) < 10
 
 
 def test_every_wrong_tensor_is_named(tmp_path):

@@ -136,8 +136,12 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
         raise HFError(f"comparing logits needs transformers ({error}); install it: pip install transformers") from None
     is_classifier = head_of(read_json(Path(folder) / "config.json")) == "scalar"
     loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    model, info = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=None if allow_pickle else True, local_files_only=True,
-                                         trust_remote_code=False, output_loading_info=True)
+    try:
+        model, info = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=None if allow_pickle else True, local_files_only=True,
+                                             trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # whatever a config.json makes transformers raise: it has many kinds
+        raise HFError(f"transformers does not load {folder} ({type(error).__name__}: {error}); mend the folder, or leave the comparison out: "
+                      "--no-verify") from error
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not (without and name.startswith(without))]
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
@@ -147,7 +151,7 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
             from peft import PeftModel
         except ImportError as error:
             raise HFError(f"comparing logits of adapters needs peft ({error}); install it: pip install peft") from None
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, adapter).get_base_model()  # with the adapters in its layers
     model.eval()
     if is_classifier:
         return lambda tokens: model.score(model.base_model(tokens).last_hidden_state).float()

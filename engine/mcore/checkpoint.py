@@ -169,10 +169,8 @@ def read_stage(folder: str | Path) -> dict[str, float]:
 
 
 def _stored_keys(folder: Path) -> set[str]:
-    from torch.distributed.checkpoint import FileSystemReader
-
     with _reading(folder):
-        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return set(stream.read_metadata(Path(folder)).state_dict_metadata)
 
 
 @contextlib.contextmanager
@@ -283,11 +281,9 @@ class Tensors(Mapping):
 
     def __init__(self, folder: Path, model=None):
         """model: config.Model; None reads it from the folder's config.yaml."""
-        from torch.distributed.checkpoint import FileSystemReader
-
         self.folder = folder
         with _reading(folder):
-            self.metadata = FileSystemReader(folder).read_metadata()
+            self.metadata = stream.read_metadata(folder)
         self.places = dict(_places(model or read_config(folder).model, self.metadata.state_dict_metadata))
 
     def __iter__(self) -> Iterator[str]:

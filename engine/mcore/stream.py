@@ -1,7 +1,7 @@
 """A checkpoint's tensors one at a time, read and written by one process without process groups' help: what conversions use.
 
     write(folder, shards, tensors)          # (name, whole tensor) pairs in any order -> torch_dist files
-    piece = read(folder, metadata, key, offsets, sizes)
+    piece = read(folder, read_metadata(folder), key, offsets, sizes)
 
 Memory is that of a few tensors, not of a model. The files are those that torch.distributed.checkpoint writes (its `.metadata`, its
 `.distcp` files), so megatron's dist_checkpointing and torch's own tools read them as any other checkpoint.
@@ -74,9 +74,13 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
                 problems.append(f"{name} has shape {tuple(tensor.shape)}, the model wants {wanted}")
                 continue
             for place in found:
-                stored.setdefault(place.key, (tensor.dtype, place.global_shape, []))[2].append(place)
+                dtype, *rest = stored.get(place.key, (tensor.dtype, place.global_shape, []))
+                stored[place.key] = torch.promote_types(dtype, tensor.dtype), *rest  # layers share a key, whose dtype rounds none of them
+                rest[-1].append(place)
                 _put(waiting, (place, tensor[place.part]), writers)
             del tensor
+            if any(writer.error is not None for writer in writers):
+                break  # a full disk, say: no need to read what nobody will write
     finally:
         for _ in writers:
             _put(waiting, None, writers)
@@ -145,6 +149,34 @@ def _finish(folder: Path, stored: Mapping[str, tuple], entries: list) -> None:
         pickle.dump(Metadata(described, None, dict(entries)), file)
     TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
     save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata` of a folder, a pickle: one that names anything but descriptions of tensors is refused, so that a foreign one runs no code."""
+    with open(folder / ".metadata", "rb") as file:
+        return _Descriptions(file).load()
+
+
+class _Descriptions(pickle.Unpickler):
+    """Unpickles what torch and megatron write into `.metadata`; raises UnpicklingError for any other name."""
+
+    ALLOWED = {
+        "torch": ("Size", "device"),
+        "torch.distributed.checkpoint.metadata": ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                                                  "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+        "torch.serialization": ("_get_layout",),
+        "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+        "collections": ("OrderedDict", "defaultdict"),
+        "builtins": ("set", "frozenset", "slice", "list", "dict", "tuple"),
+        "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    }
+
+    def find_class(self, module: str, name: str):
+        if name in self.ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which describes no tensors")
 
 
 def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:

@@ -51,7 +51,8 @@ def test_a_weighted_mean(convert, two, tmp_path, kind, capsys):
 def test_means_that_are_none(convert, tiny, two, tmp_path, capsys):
     assert convert("from-hf", tiny("llama_tied").folder, tmp_path / "tied", "--no-verify") == 0
     for words, says in (([two[0], tmp_path / "tied"], "is another model than"), ([two[0], two[2]], "convert one of them first"),
-                        ([two[0], two[1], "--weights", "1"], "1 numbers for 2 models")):
+                        ([two[0], two[1], "--weights", "1"], "1 numbers for 2 models"),
+                        ([two[0], two[1], "--weights", "nan", "1"], "finite"), ([two[0], two[1], "--weights", "inf", "1"], "finite")):
         assert convert("average", *words, "--output", tmp_path / "mean") == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "mean").exists()
@@ -68,6 +69,7 @@ def test_an_upcycled_model_computes_the_same(convert, two, tmp_path, capsys):
         assert torch.equal(tensors[f"decoder.layers.1.mlp.experts.local_experts.{expert}.linear_fc1.weight"], dense["decoder.layers.1.mlp.linear_fc1.weight"])
     assert convert("to-hf", tmp_path / "moe", tmp_path / "hf") == 0      # and transformers agrees
     assert convert("upcycle", tmp_path / "moe", tmp_path / "again") == 2 and "has experts already" in capsys.readouterr().err
+    assert convert("upcycle", two[0], tmp_path / "one", "--top-k", 1) == 2 and "choose at least 2" in capsys.readouterr().err
     assert convert("upcycle", two[0], tmp_path / "again", "--num-experts", 2, "--top-k", 3) == 2
 
 

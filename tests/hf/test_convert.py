@@ -33,6 +33,8 @@ def test_help_is_instant():
     (["from-hf", "nowhere", "out"], "no folder nowhere"),
     (["from-hf", "tests", "tests"], "exists already"),
     (["to-hf", "tests", "out", "--tolerance", "0"], "positive"),
+    (["to-hf", "tests", "out", "--tolerance", "inf"], "finite"),  # it would prove anything
+    (["to-hf", "tests", "out", "--shard-gb", "nan"], "finite"),
     (["to-hf", "tests"], "required"),
     ([], "required"),
 ])
@@ -49,6 +51,21 @@ def test_a_bad_folder_is_1_without_a_traceback(convert, tmp_path, capsys):
     assert convert.main(["from-hf", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
     assert "has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_transformers_does_not_load_is_told_without_a_traceback(tiny, tmp_path):
+    import json
+    import shutil
+
+    from engine.hf.fields import HFError
+    from engine.hf.verify import transformers_network
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama").folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "1e-5"}))  # as YAML's readers leave it
+    with pytest.raises(HFError, match=r"transformers does not load .*model.*rms_norm_eps"):
+        transformers_network(folder)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral", "gpt2_untied"])  # a save takes seconds

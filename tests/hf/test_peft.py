@@ -110,6 +110,25 @@ def test_a_value_head_is_a_saved_module(tiny, tmp_path):
     assert load_adapter(tmp_path, run.model)[1]["value_head.weight"].equal(tensors["value_head.weight"])
 
 
+def test_a_saved_head_takes_the_place_of_the_folders(tiny, tmp_path):
+    """An adapter of a reward model brings a head along, as PEFT saves it: that one counts."""
+    from types import SimpleNamespace
+
+    from families import random_network
+
+    from engine import conversions
+    from engine.mcore.checkpoint import read_tensors
+
+    random_network("llama", head="SequenceClassification", num_labels=1).save_pretrained(tmp_path / "base")
+    run, tensors = adapted(tiny("llama"), LORA)
+    tensors["value_head.weight"] = torch.randn(1, run.model.hidden_size)
+    save_adapter(run.model, run.lora, tensors, tmp_path / "adapter", "some/base")
+    args = SimpleNamespace(source=tmp_path / "base", target=tmp_path / "ckpt", adapter=tmp_path / "adapter", drop_mtp=False, allow_pickle=False,
+                           no_hashes=False, no_verify=False, tolerance=1e-4)
+    assert "differ by at most" in conversions.from_hf(args, tmp_path / "ckpt")
+    assert read_tensors(tmp_path / "ckpt")["value_head.weight"].equal(tensors["value_head.weight"])
+
+
 @pytest.mark.parametrize("name, lora, words", [
     ("gpt2", {**LORA, "targets": ["q_proj"]}, "gpt2"),
     ("mixtral", {**LORA, "dora": True}, "no DoRA for experts"),

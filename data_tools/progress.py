@@ -53,7 +53,8 @@ class Progress:
         parts = []
         if self.num_bytes:
             total = f" of {self.total_bytes / 1e6:,.1f}" if self.total_bytes else ""
-            parts.append(f"{self.num_bytes / 1e6:,.1f}{total} MB, {self.num_bytes / 1e6 / seconds:,.1f} MB/s")
+            rate = self.num_bytes / seconds
+            parts.append(f"{self.num_bytes / 1e6:,.1f}{total} MB, " + (f"{rate / 1e9:.2f} GB/s" if rate >= 1e9 else f"{rate / 1e6:,.1f} MB/s"))
         for count, name in ((self.num_documents, "documents"), (self.num_tokens, "tokens")):
             if count:
                 parts.append(f"{count:,} {name}, {count / seconds:,.0f}/s")

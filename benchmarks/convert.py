@@ -37,16 +37,21 @@ def make(folder: Path, layers: int, dtype: str) -> int:
 
 
 def ours_from_hf(source: Path, target: Path):
-    from launch import convert
+    from data_tools.progress import Progress  # noqa: F401 (imports do not count, here and below)
     from engine import conversions
+    from engine.hf.convert import run_of  # noqa: F401
+    from engine.hf.shards import Ahead  # noqa: F401
+    from engine.mcore import topology
+    from launch import convert
 
-    conversions.engine_checkpoints()
+    topology.start_single()
+    from engine.mcore import build, checkpoint  # noqa: F401
+
     args = convert.parse(["from-hf", str(source), str(target), "--no-verify", "--no-hashes"])
     return lambda: convert.settle(conversions.from_hf, args)
 
 
 def ours_to_hf(source: Path, target: Path, shard_gb: float = 100.0):
-    from engine.config import RunConfig  # noqa: F401 (its import does not count)
     from engine import conversions
     from engine.hf.export import export
 

@@ -25,6 +25,7 @@ from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.data.loader import Loader, Prefetcher
 from engine.hf.convert import beside_checkpoint, check_expressible
+from engine.hf.fields import HFError
 from engine.data import feed as moving
 from engine.data.buffers import Pool
 from engine.data.ledger import Ledger, history
@@ -325,12 +326,12 @@ class Trainer:
         return position.step
 
     def _save_hf(self, folder: Path, position: Position) -> None:
-        """The Hugging Face folder of a checkpoint, by rank 0. A disk that is full ends no training."""
+        """The Hugging Face folder of a checkpoint, by rank 0. Neither a full disk nor a tokenizer that has gone ends training."""
         if self.place.rank == 0:
             try:
                 out = beside_checkpoint(self.run, checkpoint.read_tensors(folder), folder, position.tokens)
                 self.log.note(f"exported {out}")
-            except OSError as error:
+            except (OSError, HFError) as error:
                 self.log.note(f"no Hugging Face folder for {folder}: {error}; make it with launch/convert.py to-hf")
         dist.barrier()
 

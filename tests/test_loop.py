@@ -73,6 +73,15 @@ def test_a_hugging_face_folder_beside_every_checkpoint(raw_run):
     assert "logits not compared" in (folder / "hf" / "iter_0000002" / "README.md").read_text()
 
 
+def test_a_folder_that_cannot_be_written_ends_no_training(raw_run):
+    raw = merged(raw_run, {"train": {"steps": 1}, "schedule": {"kind": "constant", "warmup_steps": 0}, "checkpoint": {"also_save_hf": True}})
+    folder = Path(raw["run"]["dir"])
+    folder.mkdir()
+    (folder / "hf").write_text("in the way")
+    assert len(on_ranks(2, raw)) == 1 and checkpoints(raw) == ["iter_0000001"]
+    assert "no Hugging Face folder for" in (folder / "logs" / "rank_00000.log").read_text() and status(raw)["state"] == "done"
+
+
 def test_a_model_without_a_hugging_face_form_is_refused_before_it_is_trained(raw_run):
     raw = merged(raw_run, {"model": {"norm": "layernorm"}, "checkpoint": {"also_save_hf": True}})
     with pytest.raises(ranks.RankError, match="LlamaForCausalLM cannot express this model: model.norm=layernorm"):

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-CONTEXT_LINES, MIN_LENGTH, MAX_LENGTH = 12, 12, 80
+CONTEXT_LINES, MIN_LENGTH, MAX_LENGTH = 5, 12, 80
 
 
 def indentation(line: str) -> int:

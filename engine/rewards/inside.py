@@ -83,7 +83,7 @@ def enter(root: str, visible: list) -> None:
     mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, f"size={FILE_BYTES},mode=755")
     for path in visible:
         show(path, root + path)
-    os.mkdir(f"{root}/tmp")
+    os.makedirs(f"{root}/tmp", exist_ok=True)      # it is there where the packages lie below /tmp
     os.chmod(f"{root}/tmp", 0o777)
     os.chroot(root)      # the kernel makes no new user namespace for a process in one, which might lead out
     os.chdir("/tmp")

@@ -1,7 +1,9 @@
 """Programs in answers: honest ones pass their tests, cheats do not, and nothing of any is left on the machine."""
 
 import os
+import sysconfig
 import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -184,7 +186,9 @@ print(attempt(lambda: os.setuid(0)), attempt(lambda: os.chroot('/tmp')), ctypes.
 print(attempt(lambda: open('/tmp/big', 'wb').write(bytes(17 << 20))), attempt(lambda: bytearray(400 << 20)))
 print(open('/tmp/x', 'w').fileno(), [fd for fd in range(3, 64) if attempt(lambda: os.fstat(fd)) != 'OSError'])
 """).splitlines()
-    assert found[0] == "65534 65534 [] 1 /tmp []"
+    packages = Path(sysconfig.get_path("purelib"))      # visible, read only, and maybe below /tmp
+    in_tmp = [packages.relative_to("/tmp").parts[0]] if packages.is_relative_to("/tmp") else []
+    assert found[0] == f"65534 65534 [] 1 /tmp {in_tmp}"
     assert found[1] == str(sorted(programs.ENVIRONMENT)) or found[1] == str(sorted([*programs.ENVIRONMENT, "LC_CTYPE"]))
     assert found[2] == "FileNotFoundError FileNotFoundError FileNotFoundError"
     assert found[3] in ("OSError OSError done", "OSError PermissionError done")

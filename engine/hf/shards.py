@@ -27,16 +27,11 @@ from engine.hf.load import INDEX, SHORT, WEIGHTS
 NUM_THREADS = 2
 
 
-class Outline(Mapping[str, Tensor]):
-    """Tensors of the shapes and dtypes of `tensors` without their numbers (device meta)."""
+class _Over(Mapping[str, Tensor]):
+    """What two views of `tensors` share: its names, asked for without reading a tensor."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        if hasattr(self._tensors, "shape"):  # a checkpoint knows without reading
-            return torch.empty(self._tensors.shape(name), dtype=self._tensors.dtype(name), device="meta")
-        return self._tensors[name].to("meta")
 
     def __contains__(self, name) -> bool:
         return name in self._tensors
@@ -46,6 +41,15 @@ class Outline(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class Outline(_Over):
+    """Tensors of the shapes and dtypes of `tensors` without their numbers (device meta)."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        if hasattr(self._tensors, "shape"):  # a checkpoint knows without reading
+            return torch.empty(self._tensors.shape(name), dtype=self._tensors.dtype(name), device="meta")
+        return self._tensors[name].to("meta")
 
 
 def outline(family, model, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -56,11 +60,12 @@ def outline(family, model, tensors: Mapping[str, Tensor], dtype: torch.dtype | N
             for name, tensor in family.to_hf(model, Outline(tensors))}
 
 
-class Ahead(Mapping[str, Tensor]):
+class Ahead(_Over):
     """`tensors`, of which those that follow in `order` are read in the background, `depth` at a time. Close it, or use it in a with."""
 
     def __init__(self, tensors: Mapping[str, Tensor], order: Iterable[str], depth: int = NUM_THREADS):
-        self._tensors, self._order, self._depth = tensors, [name for name in order if name in tensors], depth
+        super().__init__(tensors)
+        self._order, self._depth = [name for name in order if name in tensors], depth
         self._at = {name: i for i, name in enumerate(self._order)}
         self._pool, self._coming = ThreadPoolExecutor(depth, thread_name_prefix="ahead"), {}
 
@@ -71,15 +76,6 @@ class Ahead(Mapping[str, Tensor]):
             if following not in self._coming:
                 self._coming[following] = self._pool.submit(self._tensors.__getitem__, following)
         return coming.result() if coming else self._tensors[name]
-
-    def __contains__(self, name) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def __enter__(self) -> "Ahead":
         return self

@@ -1,8 +1,8 @@
 """Align: torchrun --nproc-per-node N launch/align.py CONFIG.yaml [key=value ...]
 
 Runs the stages that learn from conversations, preferences and rewards (stage: sft, reward, dpo, online_dpo, ppo, grpo). Every key is described
-in engine/config.py, engine/stage_sections.py and engine/online_sections.py; any key can be overridden on the command line, such as dpo.beta=0.2 parallel.tp=2. Where the
-configuration names no model, it takes the one of checkpoint.load. Exit codes: 0 done, 1 error, 2 usage or configuration.
+in engine/config.py and the files named *_sections.py beside it; any key can be overridden on the command line, such as dpo.beta=0.2 parallel.tp=2.
+Where the configuration names no model, it takes the one of checkpoint.load. Exit codes: 0 done, 1 error, 2 usage or configuration.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Pretrain: torchrun --nproc-per-node N launch/pretrain.py CONFIG.yaml [key=value ...]
 
 Runs the stages that learn from plain text (stage: pretrain, continued, long_context, anneal). Every key is described in
-engine/config.py and engine/stage_sections.py; any key can be overridden on the command line, such as train.steps=20 parallel.tp=2.
+engine/config.py and the files named *_sections.py beside it; any key can be overridden on the command line, such as train.steps=20 parallel.tp=2.
 Where the configuration names no model, it takes the one of checkpoint.load. Exit codes: 0 done, 1 error, 2 usage or configuration.
 """
 

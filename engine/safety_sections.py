@@ -15,6 +15,16 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     save_at_end: bool = True
     """Save when training stops."""
+    async_save: bool = False
+    """Copy what is to be saved and write it in the background while training goes on."""
+    keep_last: int = Field(0, ge=0)
+    """Delete all but this many of the newest checkpoints, once a newer one is written; 0 keeps all."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of every so many steps are kept whatever checkpoint.keep_last says; 0 makes no exceptions."""
+    failures_allowed: int = Field(2, ge=0)
+    """Saves in a row that may fail for lack of space, or because of the disk, before training stops."""
+    verify: bool = True
+    """Compare every file with the hashes it was written with before a checkpoint is loaded."""
     also_save_hf: bool = False
     """Write a Hugging Face folder beside every checkpoint: run.dir/hf/iter_0000100."""
     load_optimizer: bool = True

@@ -32,7 +32,7 @@ from engine.data.ledger import Ledger, history
 from engine.data.loader import Loader, Prefetcher, outline
 from engine.data.replica import Replica
 from engine.log import RunLog
-from engine.mcore import build, checkpoint, observe, topology
+from engine.mcore import build, checkpoint, observe, saving, topology
 from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import NonFiniteGradient, ParallelModel
@@ -46,12 +46,16 @@ def train(run) -> Position:
     Raises ValueError (ConfigError, DataError, CheckpointError, TrainingStopped among them) for what a person must mend.
     """
     stage = build_stage(run.stage)
-    run = stage.configure(run)
+    place, words = topology.start(run), []
+    run = stage.configure(saving.settled(run, words.append))
     with contextlib.closing(stage):
-        place = topology.start(run)
         position = Position()
         for part in stage.runs(run, Trainer(run, stage, place)):  # one, but for stages that are a ladder of runs
+            if part.checkpoint.load != run.checkpoint.load:
+                part = saving.settled(part, words.append)
             log = RunLog(part, place.rank, place.world_size, place.dp)
+            while words:
+                log.note(words.pop(0))
             try:
                 position = Trainer(part, stage, place, log).train()
                 log.close("done")
@@ -80,6 +84,7 @@ class Trainer:
         self.trained = {name: model for name, model in self.models.items() if stage.roles[name].train}
         self.first, *_ = self.trained.values()  # what a checkpoint is of; it holds the others beside it
         self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
+        self.saver = saving.Saver(run.checkpoint, run.run.timeout_minutes, log.note, [Path(run.checkpoint.load)] if run.checkpoint.load else [])
         position = self._start()
         loader, self.validation = self._loaders()
         self.ledger = self._ledger(loader.dataset, position)
@@ -90,7 +95,7 @@ class Trainer:
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
-        with Feed(run, loader, position, stage.draws_freely, self.copies) as feed:
+        with Feed(run, loader, position, stage.draws_freely, self.copies) as feed, contextlib.closing(self.saver):
             while position.step < schedule.planned_steps(run.train) and not self.has_reached_goal:
                 feed.step = position.step + 1
                 lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
@@ -101,6 +106,7 @@ class Trainer:
                         if stage.learns(name, feed.step):
                             result = model.forward_backward(batch)
                             _refuse_nan(result.loss, "loss" if model is self.first else f"{name}'s loss", feed, updates)
+                            self.saver.copied()
                             norm = _step(model, lr * self._relative_rate(name), feed, updates)
                             updates.add(name, batch, result, norm)
                 before, position = position, feed.position(position)
@@ -109,6 +115,7 @@ class Trainer:
                 log.step({**record, "data_wait_s": feed.waited(), **self._read(position), **stage.report()})
                 if _due(run.train.eval_every, position.step):
                     self._validate(position)
+                self.saver.look()
                 if _due(run.checkpoint.save_every, position.step):
                     saved = self._save(position)
                 if clock.is_over(position):
@@ -116,8 +123,9 @@ class Trainer:
 
         if run.train.eval_samples and self.validated != position.step:
             self._validate(position)
-        if run.checkpoint.save_at_end and saved != position.step:
-            self._save(position)
+        self.saver.finish()
+        if run.checkpoint.save_at_end and (saved != position.step or self.saver.num_failed):
+            self._save(position, must=True)
         found = stage.finish(run, self.first)
         if found:
             log.measured(run.stage, position.step, found)
@@ -186,7 +194,7 @@ class Trainer:
         unknown = run.checkpoint.roles.keys() - {*self.stage.roles, *type(self.stage).roles}
         if unknown:
             raise ValueError(f"checkpoint.roles names {', '.join(sorted(unknown))}, but stage {run.stage} has the roles {', '.join(self.stage.roles)}")
-        own = checkpoint.find(Path(run.run.dir) / "checkpoints")
+        own = saving.resume_from(Path(run.run.dir) / "checkpoints", run.checkpoint.verify, self.log.note, Path(run.run.dir) / "average")
         position = Position()
         for name, model in self.models.items():
             is_first = model is self.first
@@ -272,6 +280,7 @@ class Trainer:
             self.log.validation(name, position.step, loss, means)
             self.has_reached_goal |= self._is_goal(name, means if loss is None else {"valid_loss": loss, **means})
             if self.average.num_taken:
+                self.saver.copied()
                 with self.average.swapped():
                     self.log.validation(f"{name}/average", position.step, *self._measured(loader))
 
@@ -314,15 +323,20 @@ class Trainer:
                 found[name] = self.first.total(torch.stack([x.double().reshape(()) for x in pair])).tolist()
             yield found
 
-    def _save(self, position: Position) -> int:
+    def _save(self, position: Position, must: bool = False) -> int:
+        """Save, or with checkpoint.async_save begin to. must: it is written when this returns, or an error is raised."""
+        root, contents = Path(self.run.run.dir), {}
         if self.average.num_taken:
-            self.average.save(Path(self.run.run.dir) / "average", position)
+            contents[checkpoint.folder_of(root / "average", position.step)] = self.average.contents(position)
         others = {name: model for name, model in self.trained.items() if model is not self.first}
         state = {**self.stage.state(), **self.ledger.state(position.consumed_samples)}
-        folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, state)
-        self.log.note(f"saved {folder}")
+        folder = checkpoint.folder_of(root / "checkpoints", position.step)
+        contents[folder] = checkpoint.contents(self.first, position, others, state)
+        self.saver.save(contents, must)
         if self.run.checkpoint.also_save_hf:
-            self._save_hf(folder, position)
+            self.saver.finish(must)
+            if not self.saver.num_failed:
+                self._save_hf(folder, position)
         return position.step
 
     def _save_hf(self, folder: Path, position: Position) -> None:

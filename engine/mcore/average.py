@@ -21,13 +21,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from engine.mcore import checkpoint
+from engine.mcore import checkpoint, saving
 from engine.mcore.build import bare
 from engine.mcore.checkpoint import CheckpointError
+from engine.mcore.saving_plan import Part
 
 RECORD = "average.json"
 
@@ -72,11 +72,13 @@ class Average:
     def save(self, root: str | Path, position) -> Path:
         """Write the average as a checkpoint without optimizer, root/iter_N. Collective. Save it before the run's own checkpoint of the
         same step: where that one is complete, this one then is, too."""
-        folder = checkpoint.save(self._as_model(), root, position)
-        if dist.get_rank() == 0:
-            (folder / RECORD).write_text(json.dumps({"kind": self.settings.kind, "num_taken": self.num_taken}))
-        dist.barrier()
-        return folder
+        return saving.save(checkpoint.folder_of(root, position.step), self.contents(position))
+
+    def contents(self, position) -> list[Part]:
+        """What `save` writes."""
+        first, *rest = checkpoint.contents(self._as_model(), position)
+        first.files[RECORD] = json.dumps({"kind": self.settings.kind, "num_taken": self.num_taken})
+        return [first, *rest]
 
     def resume(self, root: str | Path, step: int) -> None:
         """Go on with the average saved after `step`; nothing is there to read when none was due until then. Collective.

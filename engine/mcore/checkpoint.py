@@ -7,13 +7,11 @@
 The tensors are megatron dist_checkpointing (torch_dist): each global tensor is stored in shards with its offsets, so another
 layout reads what it needs. Beside them lie config.yaml (the run that wrote it), position.json (step, samples, tokens), stage.json (what the
 stage keeps) and, where several networks learn, one such folder for each of the others: roles/critic.
-A folder appears under its name only when everything in it is written.
-Left out: asynchronous saving, hashes and clean-up of old folders.
+Left out: how a folder is written, kept and chosen (saving.py).
 """
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -28,18 +26,15 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine import adapters, rope
+from engine import adapters, hashes, rope
 from engine.config import RunConfig, dump_config
-from engine.mcore import lora, optim_state, stream, vocabulary
+from engine.mcore import lora, optim_state, saving, stream, vocabulary
 from engine.mcore.build import bare
+from engine.mcore.saving import CheckpointError
+from engine.mcore.saving_plan import Part
 from engine.run_folder import find
 
 STAGE = "stage.json"
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or of another model; the message names the folder and the cure."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +54,22 @@ def folder_of(root: str | Path, step: int) -> Path:
 
 
 def save(model, root: str | Path, position: Position, others: Mapping[str, object] | None = None, stage: Mapping[str, float] | None = None) -> Path:
-    """Write model, optimizer, random states and position. Collective. Returns the folder.
+    """Write what `contents` says, now. Collective. Returns the folder. Raises saving.SaveError."""
+    return saving.save(folder_of(root, position.step), contents(model, position, others, stage))
+
+
+def contents(model, position: Position, others: Mapping[str, object] | None = None, stage: Mapping[str, float] | None = None) -> list[Part]:
+    """What a checkpoint consists of: model, optimizer, random states and position. Collective.
 
     others: further networks that learn, each in a folder roles/NAME that is a checkpoint by itself. stage: what Stage.state says, and
     under "ledger" what was read of each source.
     """
-    final = folder_of(root, position.step)
-    temporary = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _write(model, temporary, position)
-    for name, other in (others or {}).items():
-        _write(other, temporary / "roles" / name, position)
-    if dist.get_rank() == 0:
-        (temporary / STAGE).write_text(json.dumps(dict(stage or {})))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _write_whole(Path(root) / TRACKER, f"{position.step}\n")
-    dist.barrier()
-    return final
+    first = _part("", model, position)
+    first.files[STAGE] = json.dumps(dict(stage or {}))
+    return [first, *(_part(f"roles/{name}", other, position) for name, other in (others or {}).items())]
 
 
-def _write(model, folder: Path, position: Position) -> None:
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
+def _part(folder: str, model, position: Position) -> Part:
     if model.optimizer is not None:
         model.gather_weights()
     state = _model_state(model)
@@ -91,14 +77,13 @@ def _write(model, folder: Path, position: Position) -> None:
         state["optimizer"] = optim_state.describe(model, state)
         state["random"] = _random_state(model.topology)
     force_all_tensors_to_non_fp8(state)
-    dist_checkpointing.save(state, str(folder))
-    if dist.get_rank() == 0:
-        _describe(folder, model.run, position)
+    networks = [network for network in map(bare, model.chunks) if isinstance(network, torch.nn.Module)]  # not so an average
+    buffers = [buffer for network in networks for buffer in network.buffers()]
+    return Part(folder, state, _files(model.run, position), buffers)
 
 
-def _describe(folder: Path, run: RunConfig, position: Position) -> None:
-    (folder / "config.yaml").write_text(dump_config(run))
-    (folder / "position.json").write_text(json.dumps(asdict(position)))
+def _files(run: RunConfig, position: Position) -> dict[str, str]:
+    return {"config.yaml": dump_config(run), "position.json": json.dumps(asdict(position))}
 
 
 def load(model, folder: str | Path, optimizer: bool = True) -> Position:
@@ -267,12 +252,6 @@ def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, wit
                               "set checkpoint.load_optimizer=false")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 # --- whole tensors, one process ---------------------------------------------------------------------------------------
 
 
@@ -385,10 +364,10 @@ def write_tensors(root: str | Path, run: RunConfig, tensors: Iterable[tuple[str,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     stream.write(temporary, where, tensors, written=written)
-    _describe(temporary, run, Position())
-    (temporary / STAGE).write_text("{}")
-    temporary.rename(final)
-    _write_whole(Path(root) / TRACKER, "0\n")
+    for name, text in {**_files(run, Position()), STAGE: "{}"}.items():
+        (temporary / name).write_text(text)
+    hashes.write(temporary)
+    saving.commit(temporary, final)
     return final
 
 

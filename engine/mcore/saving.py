@@ -1,0 +1,422 @@
+"""When a folder may be called a checkpoint: written, on the disk, hashed, renamed, and only then named by the tracker.
+
+    folder = save(root / "iter_0000100", parts)        # parts: of engine/mcore/saving_plan.py. Collective; raises SaveError
+    folder = newest_verified(root)                     # collective: the ranks share the reading
+
+    saver = Saver(run.checkpoint, run.run.timeout_minutes, note)
+    saver.save({final: parts, ...}, must=False)        # asynchronous with checkpoint.async_save
+    saver.look()                                       # each step: says what has become of the one underway
+    saver.finish()                                     # waits for it
+
+All ranks write into final.tmp. They tell each other what has become of it through the process group's key-value store, over a
+connection of its own, so a thread may write while the main one trains: no collective is in it. When every rank's files are on the disk rank 0
+adds the descriptions and hashes.json, renames the folder and moves the tracker; at any other moment the folder is not a checkpoint.
+Left out: what is in a checkpoint (checkpoint.py).
+"""
+
+import datetime
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine import hashes, run_folder
+from engine.mcore import saving_plan
+from engine.mcore.saving_plan import Part
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
+TIMEOUT_MINUTES = 30
+CLOSING_SECONDS = 60
+ALIGNED = 64  # bytes, so that every dtype finds its place in staging memory
+_serials = itertools.count()
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or of another model; the message names the folder and the cure."""
+
+
+class SaveError(OSError):
+    """A checkpoint that was not written: a full or failing disk. The message names the folder, the bytes and the cure."""
+
+
+def save(final: Path, parts: list[Part], note: Callable[[str], None] = lambda text: None) -> Path:
+    """Write a checkpoint. Collective. A verified one of the same name stays as it is, and `note` hears so. Raises SaveError, on all ranks alike."""
+    outcome = _Save(final, parts).write()
+    if "failed" in outcome:
+        raise _error(outcome)
+    if "kept" in outcome:
+        note(outcome["kept"])
+    return final
+
+
+def _error(outcome: dict) -> Exception:
+    return SaveError(outcome["failed"]) if outcome["is_disk"] else RuntimeError(outcome["failed"])
+
+
+class _Save:
+    """One checkpoint being written. Made by every rank's main thread; `write` runs in any thread."""
+
+    def __init__(self, final: Path, parts: list[Part], timeout_minutes: float = TIMEOUT_MINUTES):
+        self.final, self.temporary = final, final.with_name(f"{final.name}.tmp")
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.plan = saving_plan.divide(parts, next(_serials))
+        store = dist.distributed_c10d._get_default_store().clone()  # of its own: another thread may be waiting on the first
+        self._store = dist.PrefixStore(f"trireme/save/{self.plan.serial}", store)
+        self._store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
+
+    def write(self) -> dict:
+        """This rank's part in it. Returns what came of it, the same on every rank: {}, {"kept": why} or {"failed": why, "is_disk": bool}."""
+        if self.rank == 0:
+            outcome = _caught(self.final, self._lead)
+            if "failed" in outcome:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            self._tell("begun", outcome)  # where it has not begun; nobody reads it twice
+            self._tell("outcome", outcome)
+            return outcome
+        begun = self._hear("begun")
+        if not begun:
+            self._tell(f"written/{self.rank}", _caught(self.final, self._write_own))
+        return self._hear("outcome")
+
+    def _lead(self) -> dict:
+        """Rank 0's part: make the folder, write, wait for the others, commit."""
+        if self.final.exists() and not (found := run_folder.problems(self.final)):
+            return {"kept": f"{self.final} is there already and verified; it is kept as it is"}
+        root = self.final.parent
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self._refuse_without_room(root)
+        for below in self.plan.folders:
+            (self.temporary / below).mkdir(parents=True)
+        self._tell("begun", {})
+        own = _caught(self.final, self._write_own)
+        written = [own, *(self._take(f"written/{rank}") for rank in range(1, self.num_ranks))]
+        if failed := next((one for one in written if "failed" in one), None):
+            return failed
+        hashes.write_list(self.temporary, saving_plan.describe(self.temporary, self.plan, written))
+        commit(self.temporary, self.final)
+        return {}
+
+    def _write_own(self) -> dict:
+        return saving_plan.write_own(self.temporary, self.plan, self.rank)
+
+    def _refuse_without_room(self, root: Path) -> None:
+        free, needed = free_bytes(root), self.plan.num_bytes
+        if free < needed:
+            raise SaveError(_without_room(self.final, needed, free))
+
+    def _tell(self, key: str, value: dict) -> None:
+        self._store.set(key, json.dumps(value))
+
+    def _hear(self, key: str) -> dict:
+        return json.loads(self._store.get(key))
+
+    def _take(self, key: str) -> dict:
+        """_hear what is for nobody else: it may be long, and the store is not to grow."""
+        found = self._hear(key)
+        self._store.delete_key(key)
+        return found
+
+
+def free_bytes(folder: Path) -> int:
+    """What a user may still write there."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def _without_room(final: Path, needed: int, free: int) -> str:
+    return (f"{final} was not written: it needs {needed} bytes ({needed / 2**30:.2f} GiB), {final.parent} has {free} bytes free. Make room there, keep fewer "
+            "checkpoints (checkpoint.keep_last), or move run.dir")
+
+
+def _caught(final: Path, act: Callable[[], dict]) -> dict:
+    """What act() returns, or what stopped it."""
+    try:
+        return act()
+    except SaveError as error:
+        return {"failed": str(error), "is_disk": True}
+    except OSError as error:
+        return {"failed": f"{final} was not written on rank {dist.get_rank()}: {error}", "is_disk": True}
+    except Exception as error:
+        return {"failed": f"{final} was not written on rank {dist.get_rank()}: {type(error).__name__}: {error}", "is_disk": False}
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Make a checkpoint of a folder whose files are written and fsynced, hashes.json among them. One process."""
+    for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+        sync(folder)
+    if final.exists():
+        run_folder.set_aside(final)  # a verified one would have been kept
+    temporary.rename(final)
+    sync(final.parent)
+    track(final.parent, run_folder.step_of(final))
+
+
+def track(root: Path, step: int) -> None:
+    """Move the tracker, whole or not at all."""
+    temporary = root / f"{TRACKER}.tmp"
+    with hashes.HashedFile(temporary) as file:
+        file.write(f"{step}\n".encode())
+    os.replace(temporary, root / TRACKER)
+    sync(root)
+
+
+def sync(folder: Path) -> None:
+    """fsync of a folder: the names in it are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- a run's saves -----------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """The saves of one run, one after another. Every rank has one and calls the same methods in the same order.
+
+    settings: section checkpoint. note: hears what was saved and what was not. spared: folders that retention leaves alone.
+    A save that fails because of the disk is told, and training goes on, up to settings.failures_allowed times in a row; then, and where
+    `must` is set, SaveError is raised on every rank alike.
+    """
+
+    def __init__(self, settings, timeout_minutes: float, note: Callable[[str], None], spared: Collection[Path] = ()):
+        self.settings, self.timeout_minutes, self.note, self.spared = settings, timeout_minutes, note, spared
+        self.num_failed = 0  # saves in a row
+        self.staging = Staging() if settings.async_save else None
+        self._underway: _Underway | None = None
+
+    def save(self, contents: Mapping[Path, list[Part]], must: bool = False) -> None:
+        """Write checkpoints, {iter_ folder: its parts}, in this order. Collective. Returns when they are written or, asynchronously, when
+        training may go on; `copied` then has to be called before a weight changes. must: wait, and raise whatever goes wrong."""
+        self.finish()
+        saves = [_Save(final, parts, self.timeout_minutes) for final, parts in contents.items()]
+        self._underway = _Underway(saves, self._retire, self.staging)
+        if must or self.staging is None:
+            self.finish(must)
+
+    def copied(self) -> None:
+        """Waits until what is being saved may change: weights, moments, averages."""
+        if self._underway:
+            self._underway.copied()
+
+    def look(self) -> None:
+        """Says what has come of the save underway, when it has ended. Not collective."""
+        if self._underway and not self._underway.is_told and self._underway.is_done():
+            self._tell(self._underway)
+
+    def finish(self, must: bool = False) -> None:
+        """Wait for the save underway. Raises SaveError, on every rank alike, where too many have failed. Collective."""
+        if not self._underway:
+            return
+        underway, self._underway = self._underway, None
+        outcomes = underway.wait()
+        if not underway.is_told:
+            self._tell(underway)
+        failed = next((outcome for outcome in outcomes if "failed" in outcome), None)
+        self.num_failed = self.num_failed + 1 if failed else 0
+        if failed and (must or not failed["is_disk"] or self.num_failed > self.settings.failures_allowed):
+            raise _error(failed)
+
+    def close(self) -> None:
+        """Where training ends with an error: let the save underway end if it can. Raises nothing; not collective."""
+        if self._underway:
+            self._underway.wait(CLOSING_SECONDS)
+
+    def _tell(self, underway: "_Underway") -> None:
+        underway.is_told = True
+        for save, outcome in zip(underway.saves, underway.wait()):
+            self.note(outcome.get("failed") or outcome.get("kept") or f"saved {save.final}")
+
+    def _retire(self, final: Path) -> None:
+        """Older checkpoints that may go now, by rank 0: the new one's files are there with their sizes, their hashes are those of the bytes
+        that were handed to the disk, and it has answered that it has them."""
+        if dist.get_rank() == 0 and not run_folder.problems(final, quick=True):
+            run_folder.retire(final.parent, run_folder.step_of(final), self.settings.keep_last, self.settings.keep_every, self.spared)
+
+
+class _Underway:
+    """Saves that are being written, in a thread when there is a staging buffer, or at once."""
+
+    def __init__(self, saves: list[_Save], after: Callable[[Path], None], staging: "Staging | None"):
+        self.saves, self.is_told = saves, False
+        self._after, self._outcomes, self._thread, self._is_copied = after, [], None, threading.Event()
+        if staging is None:
+            self._write()
+            return
+        copy = staging.take([save.plan for save in saves])
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="save", daemon=True)
+        self._thread.start()
+
+    def _write(self, copy: Callable[[], None] = lambda: None) -> None:
+        try:
+            copy()
+        finally:
+            self._is_copied.set()
+        for save in self.saves:
+            outcome = _caught(save.final, save.write)
+            self._outcomes.append(outcome)
+            if "failed" in outcome:
+                return
+        for save in self.saves:
+            self._after(save.final)
+
+    def copied(self) -> None:
+        self._is_copied.wait()
+
+    def is_done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self, seconds: float | None = None) -> list[dict]:
+        if self._thread:
+            self._thread.join(seconds)
+        return self._outcomes
+
+
+class Staging:
+    """Host memory, used again for every save, in which tensors wait for the disk while training changes them."""
+
+    def __init__(self):
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, plans: list[saving_plan.Plan]) -> Callable[[], None]:
+        """Put copies in the place of the plans' tensors. Returns what makes those of them that may wait: of anything but buffers, which change
+        in a forward pass already. To be called by another thread, before weights change."""
+        tensors = [(plan, number, tensor) for plan in plans for number, tensor in enumerate(plan.mine) if isinstance(tensor, torch.Tensor)]
+        begins = list(itertools.accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for _, _, tensor in tensors), initial=0))
+        is_cuda = any(tensor.is_cuda for _, _, tensor in tensors)
+        if begins[-1] > len(self._memory):
+            self._memory = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=is_cuda)
+        waiting = []
+        for (plan, number, tensor), begin in zip(tensors, begins):
+            plan.mine[number] = copy = self._memory[begin:begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            if number in plan.at_once:
+                copy.copy_(tensor, non_blocking=True)
+            else:
+                waiting.append((copy, tensor))
+        return _on_stream(waiting) if is_cuda else partial(_copy, waiting)
+
+
+def _on_stream(waiting: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    """Start the copies beside the main stream's work; what waits for them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for copy, tensor in waiting:
+            copy.copy_(tensor, non_blocking=True)
+    return stream.synchronize
+
+
+def _copy(waiting: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """By numpy, which needs one thread where torch would take those that are computing."""
+    for copy, tensor in waiting:
+        if tensor.is_contiguous():
+            np.copyto(_bytes(copy), _bytes(tensor))
+        else:
+            copy.copy_(tensor)
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def newest_verified(root: str | Path, at_most: int | None = None, note: Callable[[str], None] = lambda text: None, beside: Path | None = None) -> Path | None:
+    """run_folder.newest_verified, the same on every rank. Collective: the ranks share the reading. beside: a root whose folder of the same
+    step, where there is one, must be whole as well."""
+    for folder in _agreed(run_folder.candidates(root)):
+        if at_most is None or run_folder.step_of(folder) <= at_most:
+            found = problems(folder)
+            if beside and _agreed((beside / folder.name).exists()):
+                found += [f"{beside / folder.name}: {problem}" for problem in problems(beside / folder.name)]
+            if not found:
+                return folder
+            note(run_folder.passed_over(folder, found))
+    return None
+
+
+def problems(folder: Path) -> list[str]:
+    """run_folder.problems, the same on every rank. Collective."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, run_folder.problems(folder, part=dist.get_rank(), parts=len(found)))
+    return list(dict.fromkeys(problem for one in found for problem in one))
+
+
+def _agreed(value):
+    """Rank 0's answer: a folder on a shared disk may look different for a moment."""
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def resume_from(root: Path, verify: bool, note: Callable[[str], None], beside: Path | None = None) -> Path | None:
+    """The checkpoint of a run's own that it goes on from; None where there is none. Collective. What dead runs have left half written
+    is removed, and damaged folders that are newer are set aside: what the run writes from here on has their steps.
+
+    verify: False takes the newest complete one as it is. Raises CheckpointError where there are checkpoints and none is good."""
+    if dist.get_rank() == 0:
+        for each in filter(None, (root, beside)):
+            run_folder.sweep(each)
+    found, words, folder = _agreed(run_folder.candidates(root)), [], None
+    if found:
+        folder = newest_verified(root, note=words.append, beside=beside) if verify else _agreed(run_folder.find(root))
+        if folder is None:
+            raise CheckpointError(f"{root} holds no checkpoint that is as it was written: {'; '.join(words) or f'{found[0]} is incomplete'}. Restore one, remove "
+                                  "them to begin anew, or set checkpoint.verify=false to load the newest complete one nevertheless")
+    for word in words:
+        note(word)
+    for each in filter(None, (root, beside)):
+        set_aside_newer(each, run_folder.step_of(folder) if folder else -1)
+    return folder
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which the run is to go through once more, to iter_N.aside. Collective."""
+    if dist.get_rank() == 0:
+        newer = [folder for folder in run_folder.candidates(root) if run_folder.step_of(folder) > step]
+        for folder in newer:
+            run_folder.set_aside(folder)
+        if newer and step >= 0:
+            track(root, step)
+    dist.barrier()
+
+
+def settled(run, note: Callable[[str], None]):
+    """The run with the iter_ folders that its checkpoint.load and checkpoint.roles mean, verified. Collective. A named folder that is damaged is
+    an error; below a root the newest good one is taken, and `note` hears of others. Raises CheckpointError."""
+    keys = {"checkpoint.load": run.checkpoint.load, **{f"checkpoint.roles.{name}": path for name, path in run.checkpoint.roles.items()}}
+    meant: dict[str, str] = {}
+    for key, path in keys.items():
+        if path and path not in meant:
+            meant[path] = str(_meant(key, Path(path), run.checkpoint.verify, note))
+    chosen = run.checkpoint.model_copy(update={"load": meant.get(run.checkpoint.load, ""),
+                                               "roles": {name: meant[path] for name, path in run.checkpoint.roles.items()}})
+    return run.model_copy(update={"checkpoint": chosen})
+
+
+def _meant(key: str, path: Path, verify: bool, note) -> Path:
+    words: list[str] = []
+    is_named = _agreed((path / "metadata.json").is_file() or run_folder.step_of(path) is not None)
+    if not verify:
+        found = _agreed(run_folder.find(path))
+    elif is_named:
+        words = problems(path)
+        found = None if words else path
+    else:
+        found = newest_verified(path, note=words.append)
+    if found is None and words:
+        raise CheckpointError(f"{key}={path} is not as it was written: {'; '.join(words)}. Name another checkpoint, or set checkpoint.verify=false to load it nevertheless")
+    for word in words:
+        note(f"{key}: {word}")
+    return found or path  # whoever wants to read it says that nothing is there

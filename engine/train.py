@@ -32,7 +32,7 @@ from engine.data.ledger import Ledger, history
 from engine.data.loader import Loader, Prefetcher, outline
 from engine.data.replica import Replica
 from engine.log import RunLog
-from engine.mcore import build, checkpoint, observe, saving, topology
+from engine.mcore import build, checkpoint, observe, saving, saving_run, topology
 from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import NonFiniteGradient, ParallelModel
@@ -84,7 +84,7 @@ class Trainer:
         self.trained = {name: model for name, model in self.models.items() if stage.roles[name].train}
         self.first, *_ = self.trained.values()  # what a checkpoint is of; it holds the others beside it
         self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
-        self.saver = saving.Saver(run.checkpoint, run.run.timeout_minutes, log.note, [Path(run.checkpoint.load)] if run.checkpoint.load else [])
+        self.saver = saving_run.Saver(run.checkpoint, run.run.timeout_minutes, log.note, [Path(run.checkpoint.load)] if run.checkpoint.load else [])
         position = self._start()
         loader, self.validation = self._loaders()
         self.ledger = self._ledger(loader.dataset, position)

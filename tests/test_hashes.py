@@ -53,3 +53,26 @@ def test_a_list_that_is_none(folder, text, says):
 
 def test_without_a_list_nothing_is_said(tmp_path):
     assert hashes.check(tmp_path) == []
+
+
+def test_a_list_with_a_flipped_bit_is_found(folder):
+    whole = (folder / hashes.NAME).read_bytes()
+    for bit in range(0, 8 * len(whole), 13):
+        (folder / hashes.NAME).write_bytes((int.from_bytes(whole, "big") ^ (1 << bit)).to_bytes(len(whole), "big"))
+        problem, = hashes.check(folder)
+        assert problem.startswith(hashes.NAME)
+
+
+def test_hashed_while_written(tmp_path):
+    data = random.Random(0).randbytes(hashes.BLOCK + 3 * hashes.SMALL)
+    cuts = [0, 1, hashes.SMALL, 2 * hashes.SMALL, 2 * hashes.SMALL + 7, len(data)]
+    with hashes.HashedFile(tmp_path / "file") as file:
+        assert sum(file.write(data[a:b]) for a, b in zip(cuts, cuts[1:])) == file.tell() == len(data)
+    assert (tmp_path / "file").read_bytes() == data
+    hashes.write_list(tmp_path, {"file": file.entry})
+    assert file.entry["bytes"] == len(data) and hashes.check(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
+    monkeypatch.setattr(hashes, "_hash", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")) if path.name == "a.bin" else "")
+    assert "a.bin cannot be read ([Errno 5] Input/output error)" in hashes.check(folder)

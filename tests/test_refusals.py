@@ -206,14 +206,27 @@ def remove_position(folder):
 @pytest.mark.parametrize("damage", [damage_metadata, remove_metadata, damage_format, truncate_tensors, remove_tensors, truncate_common,
                                     damage_config, remove_config, damage_position, remove_position], ids=lambda f: f.__name__)
 def test_a_damaged_checkpoint(pretrain, raw_run, trained, damage):
-    """The run would resume its own newest checkpoint; the message says how to go on from the one before."""
+    """The run goes on from its own checkpoint before, with a word that names the file; what is left of the damaged one is set aside."""
     shutil.copytree(trained, raw_run["run"]["dir"])
     newest = Path(raw_run["run"]["dir"], "checkpoints", "iter_0000004")
+    whole = {path.name: path.read_bytes() for path in newest.iterdir() if path.is_file()}
     damage(newest)
+    differing = [name for name, data in whole.items() if not (newest / name).is_file() or (newest / name).read_bytes() != data]
     code, stderr = pretrain()
-    assert code == ERROR and str(newest) in stderr and "damaged" in stderr and "earlier checkpoint" in stderr
-    shutil.rmtree(newest)
-    assert pretrain()[0] == 0
+    assert code == 0 and any(f"{newest} is damaged and passed over: {name} " in stderr for name in differing) and f"resumed {newest.parent / 'iter_0000002'} at step 2" in stderr
+    assert newest.with_name("iter_0000004.aside").is_dir() and newest.is_dir()
+
+
+def test_when_no_checkpoint_is_good(pretrain, raw_run, trained):
+    shutil.copytree(trained, raw_run["run"]["dir"])
+    root = Path(raw_run["run"]["dir"], "checkpoints")
+    for folder in root.glob("iter_*"):
+        damage_position(folder)
+    code, stderr = pretrain()
+    assert code == ERROR and f"error: {root} holds no checkpoint that is as it was written: {root / 'iter_0000004'} is damaged" in stderr
+    assert len(list(root.glob("*.aside"))) == 0
+    code, stderr = pretrain(None, "checkpoint.verify=false")
+    assert code == ERROR and "iter_0000004 is damaged (" in stderr and "name another one in checkpoint.load" in stderr
 
 
 # --- the real command line ---------------------------------------------------------------------------------------------

@@ -2,16 +2,12 @@
 
     folder = save(root / "iter_0000100", parts)        # parts: of engine/mcore/saving_plan.py. Collective; raises SaveError
     folder = newest_verified(root)                     # collective: the ranks share the reading
-
-    saver = Saver(run.checkpoint, run.run.timeout_minutes, note)
-    saver.save({final: parts, ...}, must=False)        # asynchronous with checkpoint.async_save
-    saver.look()                                       # each step: says what has become of the one underway
-    saver.finish()                                     # waits for it
+    run = settled(run)                                 # collective: checkpoint.load and roles name the folders that are verified
 
 All ranks write into final.tmp. They tell each other what has become of it through the process group's key-value store, over a
 connection of its own, so a thread may write while the main one trains: no collective is in it. When every rank's files are on the disk rank 0
 adds the descriptions and hashes.json, renames the folder and moves the tracker; at any other moment the folder is not a checkpoint.
-Left out: what is in a checkpoint (checkpoint.py).
+Left out: what is in a checkpoint (checkpoint.py), and saves one after another, in the background (saving_run.py).
 """
 
 import datetime
@@ -19,13 +15,9 @@ import itertools
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
 from engine import hashes, run_folder
@@ -34,8 +26,6 @@ from engine.mcore.saving_plan import Part
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
 TIMEOUT_MINUTES = 30
-CLOSING_SECONDS = 60
-ALIGNED = 64  # bytes, so that every dtype finds its place in staging memory
 _serials = itertools.count()
 
 
@@ -49,19 +39,20 @@ class SaveError(OSError):
 
 def save(final: Path, parts: list[Part], note: Callable[[str], None] = lambda text: None) -> Path:
     """Write a checkpoint. Collective. A verified one of the same name stays as it is, and `note` hears so. Raises SaveError, on all ranks alike."""
-    outcome = _Save(final, parts).write()
+    outcome = Save(final, parts).write()
     if "failed" in outcome:
-        raise _error(outcome)
+        raise error_of(outcome)
     if "kept" in outcome:
         note(outcome["kept"])
     return final
 
 
-def _error(outcome: dict) -> Exception:
+def error_of(outcome: dict) -> Exception:
+    """The error that Save.write has answered with."""
     return SaveError(outcome["failed"]) if outcome["is_disk"] else RuntimeError(outcome["failed"])
 
 
-class _Save:
+class Save:
     """One checkpoint being written. Made by every rank's main thread; `write` runs in any thread."""
 
     def __init__(self, final: Path, parts: list[Part], timeout_minutes: float = TIMEOUT_MINUTES):
@@ -75,7 +66,7 @@ class _Save:
     def write(self) -> dict:
         """This rank's part in it. Returns what came of it, the same on every rank: {}, {"kept": why} or {"failed": why, "is_disk": bool}."""
         if self.rank == 0:
-            outcome = _caught(self.final, self._lead)
+            outcome = caught(self.final, self._lead)
             if "failed" in outcome:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             self._tell("begun", outcome)  # where it has not begun; nobody reads it twice
@@ -83,12 +74,12 @@ class _Save:
             return outcome
         begun = self._hear("begun")
         if not begun:
-            self._tell(f"written/{self.rank}", _caught(self.final, self._write_own))
+            self._tell(f"written/{self.rank}", caught(self.final, self._write_own))
         return self._hear("outcome")
 
     def _lead(self) -> dict:
         """Rank 0's part: make the folder, write, wait for the others, commit."""
-        if self.final.exists() and not (found := run_folder.problems(self.final)):
+        if self.final.exists() and not run_folder.problems(self.final):
             return {"kept": f"{self.final} is there already and verified; it is kept as it is"}
         root = self.final.parent
         root.mkdir(parents=True, exist_ok=True)
@@ -97,7 +88,7 @@ class _Save:
         for below in self.plan.folders:
             (self.temporary / below).mkdir(parents=True)
         self._tell("begun", {})
-        own = _caught(self.final, self._write_own)
+        own = caught(self.final, self._write_own)
         written = [own, *(self._take(f"written/{rank}") for rank in range(1, self.num_ranks))]
         if failed := next((one for one in written if "failed" in one), None):
             return failed
@@ -137,7 +128,7 @@ def _without_room(final: Path, needed: int, free: int) -> str:
             "checkpoints (checkpoint.keep_last), or move run.dir")
 
 
-def _caught(final: Path, act: Callable[[], dict]) -> dict:
+def caught(final: Path, act: Callable[[], dict]) -> dict:
     """What act() returns, or what stopped it."""
     try:
         return act()
@@ -176,157 +167,6 @@ def sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# --- a run's saves -----------------------------------------------------------------------------------------------------
-
-
-class Saver:
-    """The saves of one run, one after another. Every rank has one and calls the same methods in the same order.
-
-    settings: section checkpoint. note: hears what was saved and what was not. spared: folders that retention leaves alone.
-    A save that fails because of the disk is told, and training goes on, up to settings.failures_allowed times in a row; then, and where
-    `must` is set, SaveError is raised on every rank alike.
-    """
-
-    def __init__(self, settings, timeout_minutes: float, note: Callable[[str], None], spared: Collection[Path] = ()):
-        self.settings, self.timeout_minutes, self.note, self.spared = settings, timeout_minutes, note, spared
-        self.num_failed = 0  # saves in a row
-        self.staging = Staging() if settings.async_save else None
-        self._underway: _Underway | None = None
-
-    def save(self, contents: Mapping[Path, list[Part]], must: bool = False) -> None:
-        """Write checkpoints, {iter_ folder: its parts}, in this order. Collective. Returns when they are written or, asynchronously, when
-        training may go on; `copied` then has to be called before a weight changes. must: wait, and raise whatever goes wrong."""
-        self.finish()
-        saves = [_Save(final, parts, self.timeout_minutes) for final, parts in contents.items()]
-        self._underway = _Underway(saves, self._retire, self.staging)
-        if must or self.staging is None:
-            self.finish(must)
-
-    def copied(self) -> None:
-        """Waits until what is being saved may change: weights, moments, averages."""
-        if self._underway:
-            self._underway.copied()
-
-    def look(self) -> None:
-        """Says what has come of the save underway, when it has ended. Not collective."""
-        if self._underway and not self._underway.is_told and self._underway.is_done():
-            self._tell(self._underway)
-
-    def finish(self, must: bool = False) -> None:
-        """Wait for the save underway. Raises SaveError, on every rank alike, where too many have failed. Collective."""
-        if not self._underway:
-            return
-        underway, self._underway = self._underway, None
-        outcomes = underway.wait()
-        if not underway.is_told:
-            self._tell(underway)
-        failed = next((outcome for outcome in outcomes if "failed" in outcome), None)
-        self.num_failed = self.num_failed + 1 if failed else 0
-        if failed and (must or not failed["is_disk"] or self.num_failed > self.settings.failures_allowed):
-            raise _error(failed)
-
-    def close(self) -> None:
-        """Where training ends with an error: let the save underway end if it can. Raises nothing; not collective."""
-        if self._underway:
-            self._underway.wait(CLOSING_SECONDS)
-
-    def _tell(self, underway: "_Underway") -> None:
-        underway.is_told = True
-        for save, outcome in zip(underway.saves, underway.wait()):
-            self.note(outcome.get("failed") or outcome.get("kept") or f"saved {save.final}")
-
-    def _retire(self, final: Path) -> None:
-        """Older checkpoints that may go now, by rank 0: the new one's files are there with their sizes, their hashes are those of the bytes
-        that were handed to the disk, and it has answered that it has them."""
-        if dist.get_rank() == 0 and not run_folder.problems(final, quick=True):
-            run_folder.retire(final.parent, run_folder.step_of(final), self.settings.keep_last, self.settings.keep_every, self.spared)
-
-
-class _Underway:
-    """Saves that are being written, in a thread when there is a staging buffer, or at once."""
-
-    def __init__(self, saves: list[_Save], after: Callable[[Path], None], staging: "Staging | None"):
-        self.saves, self.is_told = saves, False
-        self._after, self._outcomes, self._thread, self._is_copied = after, [], None, threading.Event()
-        if staging is None:
-            self._write()
-            return
-        copy = staging.take([save.plan for save in saves])
-        self._thread = threading.Thread(target=self._write, args=(copy,), name="save", daemon=True)
-        self._thread.start()
-
-    def _write(self, copy: Callable[[], None] = lambda: None) -> None:
-        try:
-            copy()
-        finally:
-            self._is_copied.set()
-        for save in self.saves:
-            outcome = _caught(save.final, save.write)
-            self._outcomes.append(outcome)
-            if "failed" in outcome:
-                return
-        for save in self.saves:
-            self._after(save.final)
-
-    def copied(self) -> None:
-        self._is_copied.wait()
-
-    def is_done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self, seconds: float | None = None) -> list[dict]:
-        if self._thread:
-            self._thread.join(seconds)
-        return self._outcomes
-
-
-class Staging:
-    """Host memory, used again for every save, in which tensors wait for the disk while training changes them."""
-
-    def __init__(self):
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, plans: list[saving_plan.Plan]) -> Callable[[], None]:
-        """Put copies in the place of the plans' tensors. Returns what makes those of them that may wait: of anything but buffers, which change
-        in a forward pass already. To be called by another thread, before weights change."""
-        tensors = [(plan, number, tensor) for plan in plans for number, tensor in enumerate(plan.mine) if isinstance(tensor, torch.Tensor)]
-        begins = list(itertools.accumulate((-(-tensor.nbytes // ALIGNED) * ALIGNED for _, _, tensor in tensors), initial=0))
-        is_cuda = any(tensor.is_cuda for _, _, tensor in tensors)
-        if begins[-1] > len(self._memory):
-            self._memory = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=is_cuda)
-        waiting = []
-        for (plan, number, tensor), begin in zip(tensors, begins):
-            plan.mine[number] = copy = self._memory[begin:begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            if number in plan.at_once:
-                copy.copy_(tensor, non_blocking=True)
-            else:
-                waiting.append((copy, tensor))
-        return _on_stream(waiting) if is_cuda else partial(_copy, waiting)
-
-
-def _on_stream(waiting: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-    """Start the copies beside the main stream's work; what waits for them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for copy, tensor in waiting:
-            copy.copy_(tensor, non_blocking=True)
-    return stream.synchronize
-
-
-def _copy(waiting: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """By numpy, which needs one thread where torch would take those that are computing."""
-    for copy, tensor in waiting:
-        if tensor.is_contiguous():
-            np.copyto(_bytes(copy), _bytes(tensor))
-        else:
-            copy.copy_(tensor)
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
@@ -370,7 +210,7 @@ def resume_from(root: Path, verify: bool, note: Callable[[str], None], beside: P
             run_folder.sweep(each)
     found, words, folder = _agreed(run_folder.candidates(root)), [], None
     if found:
-        folder = newest_verified(root, note=words.append, beside=beside) if verify else _agreed(run_folder.find(root))
+        folder = newest_verified(root, note=words.append, beside=beside) if verify else _agreed(run_folder.find(root, check=False))
         if folder is None:
             raise CheckpointError(f"{root} holds no checkpoint that is as it was written: {'; '.join(words) or f'{found[0]} is incomplete'}. Restore one, remove "
                                   "them to begin anew, or set checkpoint.verify=false to load the newest complete one nevertheless")
@@ -409,7 +249,7 @@ def _meant(key: str, path: Path, verify: bool, note) -> Path:
     words: list[str] = []
     is_named = _agreed((path / "metadata.json").is_file() or run_folder.step_of(path) is not None)
     if not verify:
-        found = _agreed(run_folder.find(path))
+        found = _agreed(run_folder.find(path, check=False))
     elif is_named:
         words = problems(path)
         found = None if words else path

@@ -2,12 +2,13 @@
 
     python benchmarks/save.py [--rounds 3] [--millions 100] [--folder DIR] [--only sync,async]
 
-Two ranks on gloo, one thread each. What they save has the shape of a network's weights and Adam's two moments in fp32 (12 bytes per parameter): `replicated`,
-where both ranks hold all of it (data parallel), or `sharded`, where each holds half of every tensor (tensor parallel). Contestants take turns. `raw` writes
-each rank's half of the bytes in blocks of 8 MiB and calls fsync. DCP writes with fsync too, with as many threads as we, and a cached plan.
-Asynchronous: each rank computes (matrix products, one thread), changes every tensor in place, as an optimizer does, and computes on. `blocked` is the time in the call,
-and for us also the wait before tensors change; DCP stages in the call, into memory that it keeps from save to save (DefaultStager). `added` is what the steps
-around a save, until it is written, took longer than as many steps without. Left out: GPUs, several machines.
+Two ranks on gloo, one thread each. What they save has the shape of a network's weights and Adam's two moments in fp32 (12 bytes per
+parameter): `replicated`, where both ranks hold all of it (data parallel), or `sharded`, where each holds half of every tensor (tensor parallel).
+Contestants take turns. `raw` writes each rank's half of the bytes in blocks of 8 MiB and calls fsync. DCP writes with fsync too, with as many
+threads as we, and a cached plan. Asynchronous: each rank computes (matrix products, one thread), changes every tensor in place, as an optimizer
+does, and computes on. `blocked` is the time in the call, and for us also the wait before tensors change; DCP stages in the call, into memory that it
+keeps from save to save (DefaultStager). `added` is what the steps around a save, until it is written, took longer than as many steps without.
+Left out: GPUs, several machines.
 """
 
 import argparse
@@ -91,16 +92,16 @@ def _keep(what, found: dict) -> None:
 def _table(kind: str, layout: str, say, text) -> None:
     """The median of each contestant, and ours over (or by time, under) the others': above 1 is better for GB/s, below 1 for seconds."""
     medians = {name: statistics.median(values) for (*what, name), values in _found.items() if what == [kind, layout]}
-    say(f"| {kind}, {layout} | " + " | ".join(f"{name} {text(value)}" for name, value in medians.items()) + " | "
-        + ", ".join(f"ours / {name} {(value / medians['ours']) if kind == 'sync' else (medians['ours'] / value):.2f}" for name, value in medians.items() if name != "ours") + " |",
-        flush=True)
+    ours = medians["ours"]
+    ratios = [f"ours / {name} {value / ours if kind == 'sync' else ours / value:.2f}" for name, value in medians.items() if name != "ours"]
+    say(f"| {kind}, {layout} | {' | '.join(f'{name} {text(value)}' for name, value in medians.items())} | {', '.join(ratios)} |", flush=True)
 
 
 def _shapes(millions: int) -> dict[str, tuple[int, int]]:
     """Weights and moments of about so many parameters: an embedding and layers of hidden size 768."""
     layers = max((millions - 25) * 1_000_000 // (12 * 768 * 768), 1)
-    weights = {"embedding": (32768, 768), **{f"layer{i}.{name}": shape for i in range(layers)
-                                             for name, shape in (("qkv", (2304, 768)), ("proj", (768, 768)), ("fc1", (3072, 768)), ("fc2", (768, 3072)), ("norm", (768, 1)))}}
+    one = {"qkv": (2304, 768), "proj": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072), "norm": (768, 1)}
+    weights = {"embedding": (32768, 768), **{f"layer{i}.{name}": shape for i in range(layers) for name, shape in one.items()}}
     return {f"{kind}.{name}": shape for kind in ("weight", "exp_avg", "exp_avg_sq") for name, shape in weights.items()}
 
 
@@ -212,7 +213,8 @@ def _asynchronous(folder: Path, tensors, layout: str, rounds: int, say) -> None:
         return saver.copied, lambda: saver._underway.is_done(), saver.finish
 
     def theirs():
-        future = dcp.async_save(_for_dcp(tensors, layout), storage_writer=_writer(folder / "saved"), planner=_planner(), process_group=group, async_stager=stager)
+        future = dcp.async_save(_for_dcp(tensors, layout), storage_writer=_writer(folder / "saved"), planner=_planner(), process_group=group,
+                                async_stager=stager)
         future = getattr(future, "upload_completion", future)
         return lambda: None, future.done, future.result
 

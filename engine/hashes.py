@@ -53,7 +53,8 @@ def check(folder: Path, contents: bool = True, only: Callable[[int, str], bool] 
     try:
         listed = json.loads((folder / NAME).read_text(encoding="utf-8"))
         algorithm, files = listed["algorithm"], {name: (entry["bytes"], entry["hash"]) for name, entry in listed["files"].items()}
-        is_whole = listed.keys() == {"algorithm", "files"} or (listed.keys() == {"algorithm", "files", "list"} and listed["list"] == _hash_of_list(listed["files"]))
+        own = {"list": _hash_of_list(listed["files"])} if "list" in listed else {}  # lists of earlier exports have none
+        is_whole = listed == {"algorithm": algorithm, "files": listed["files"], **own}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{NAME} is no list of hashes ({type(error).__name__}: {error})"]
     if algorithm != ALGORITHM:

@@ -212,8 +212,8 @@ def resume_from(root: Path, verify: bool, note: Callable[[str], None], beside: P
     if found:
         folder = newest_verified(root, note=words.append, beside=beside) if verify else _agreed(run_folder.find(root, check=False))
         if folder is None:
-            raise CheckpointError(f"{root} holds no checkpoint that is as it was written: {'; '.join(words) or f'{found[0]} is incomplete'}. Restore one, remove "
-                                  "them to begin anew, or set checkpoint.verify=false to load the newest complete one nevertheless")
+            raise CheckpointError(f"{root} holds no checkpoint that is as it was written: {'; '.join(words) or f'{found[0]} is incomplete'}. Restore "
+                                  "one, remove them to begin anew, or set checkpoint.verify=false to load the newest complete one nevertheless")
     for word in words:
         note(word)
     for each in filter(None, (root, beside)):
@@ -256,7 +256,8 @@ def _meant(key: str, path: Path, verify: bool, note) -> Path:
     else:
         found = newest_verified(path, note=words.append)
     if found is None and words:
-        raise CheckpointError(f"{key}={path} is not as it was written: {'; '.join(words)}. Name another checkpoint, or set checkpoint.verify=false to load it nevertheless")
+        raise CheckpointError(f"{key}={path} is not as it was written: {'; '.join(words)}. Name another checkpoint, or set checkpoint.verify=false to "
+                              "load it nevertheless")
     for word in words:
         note(f"{key}: {word}")
     return found or path  # whoever wants to read it says that nothing is there

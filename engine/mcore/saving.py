@@ -227,8 +227,8 @@ def set_aside_newer(root: Path, step: int) -> None:
         newer = [folder for folder in run_folder.candidates(root) if run_folder.step_of(folder) > step]
         for folder in newer:
             run_folder.set_aside(folder)
-        if newer and step >= 0:
-            track(root, step)
+        if newer and (left := run_folder.candidates(root)):
+            track(root, run_folder.step_of(left[0]))
     dist.barrier()
 
 

@@ -161,11 +161,11 @@ class Guard:
         dist.all_gather_object(found, own)
         value = next(value for _, _, value, _, _ in found if value is not None and not math.isfinite(value))
         losses = {replica: batches for _, replica, _, batches, _ in found if batches}
-        origins = [f"replica {replica}" + (f": samples {_listed(numbers)}" if (numbers := feed.numbers(replica, batches)) else "")
+        origins = [f"replica {replica}" + (f": samples {listed(numbers)}" if (numbers := feed.numbers(replica, batches)) else "")
                    for replica, batches in losses.items()]
         if not origins:
-            origins = [f"rank {rank}: {_listed(names)}" for rank, _, _, _, names in found if names]
-        return f"the {what} is {value} on {feed.samples()}" + (f" ({_listed(origins, '; ')})" if origins else "")
+            origins = [f"rank {rank}: {listed(names)}" for rank, _, _, _, names in found if names]
+        return f"the {what} is {value} on {feed.samples()}" + (f" ({listed(origins, '; ')})" if origins else "")
 
     def _skip(self, why: str, feed, stops: bool) -> None:
         self.found["why"] = "; ".join(filter(None, (self.found.get("why"), why)))
@@ -177,7 +177,8 @@ class Guard:
         self.note(f"step {feed.step}: update skipped, {why}")
 
 
-def _listed(things, comma: str = ", ") -> str:
+def listed(things, comma: str = ", ") -> str:
+    """The first few of them."""
     things = list(map(str, things))
     return comma.join(things[:MANY]) + (f"{comma}and {len(things) - MANY} more" if len(things) > MANY else "")
 

@@ -20,13 +20,13 @@ SMALL = 1 << 20  # bytes: files up to this size are checked even where reading a
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
-def find(path: str | Path, check: bool = True) -> Path | None:
-    """The checkpoint folder that `path` means: itself, or the newest complete one below it; None if there is none. A folder below it
+def find(path: str | Path, check: bool = True, at_most: int | None = None) -> Path | None:
+    """The checkpoint folder that `path` means: itself, or the newest complete one below it (of a step up to at_most); None if there is none. A folder below it
     whose files are not there as listed (sizes, and the bytes of small files) is passed over, unless `check` is False."""
     path = Path(path)
     if (path / "metadata.json").is_file():
         return path
-    complete = (folder for folder in candidates(path) if (folder / "metadata.json").is_file())
+    complete = (folder for folder in candidates(path) if (folder / "metadata.json").is_file() and (at_most is None or step_of(folder) <= at_most))
     return next((folder for folder in complete if not (check and problems(folder, quick=True, strict=False))), None)
 
 

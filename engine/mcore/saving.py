@@ -200,8 +200,8 @@ def _agreed(value):
     return told[0]
 
 
-def resume_from(root: Path, verify: bool, note: Callable[[str], None], beside: Path | None = None) -> Path | None:
-    """The checkpoint of a run's own that it goes on from; None where there is none. Collective. What dead runs have left half written
+def resume_from(root: Path, verify: bool, note: Callable[[str], None], beside: Path | None = None, at_most: int | None = None) -> Path | None:
+    """The checkpoint of a run's own that it goes on from (of a step up to at_most); None where there is none. Collective. What dead runs have left half written
     is removed, and damaged folders that are newer are set aside: what the run writes from here on has their steps.
 
     verify: False takes the newest complete one as it is. Raises CheckpointError where there are checkpoints and none is good."""
@@ -210,7 +210,7 @@ def resume_from(root: Path, verify: bool, note: Callable[[str], None], beside: P
             run_folder.sweep(each)
     found, words, folder = _agreed(run_folder.candidates(root)), [], None
     if found:
-        folder = newest_verified(root, note=words.append, beside=beside) if verify else _agreed(run_folder.find(root, check=False))
+        folder = newest_verified(root, at_most, words.append, beside) if verify else _agreed(run_folder.find(root, check=False, at_most=at_most))
         if folder is None:
             raise CheckpointError(f"{root} holds no checkpoint that is as it was written: {'; '.join(words) or f'{found[0]} is incomplete'}. Restore "
                                   "one, remove them to begin anew, or set checkpoint.verify=false to load the newest complete one nevertheless")
@@ -227,7 +227,7 @@ def set_aside_newer(root: Path, step: int) -> None:
         newer = [folder for folder in run_folder.candidates(root) if run_folder.step_of(folder) > step]
         for folder in newer:
             run_folder.set_aside(folder)
-        if newer and (left := run_folder.candidates(root)):
+        if newer and (root / TRACKER).is_file() and (left := run_folder.candidates(root)):
             track(root, run_folder.step_of(left[0]))
     dist.barrier()
 

@@ -49,11 +49,9 @@ def which(args: argparse.Namespace) -> None:
 
 
 def _config(folder: Path, step: int):
-    from omegaconf import OmegaConf
-
     from engine.config import RunConfig
     from engine.data.indexed import DataError
-    from engine.run_folder import find
+    from engine.run_folder import find, written_config
     from engine.stages import STAGES, TEXT
 
     path, written = folder / "config.yaml", find(folder / "checkpoints")
@@ -62,7 +60,7 @@ def _config(folder: Path, step: int):
     if not path.is_file():
         raise UsageError(f"{folder} is no folder of a run: it has no config.yaml (of a ladder, name one of its rungs)")
     try:
-        run = RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+        run = RunConfig.model_validate(written_config(path.parent))
     except Exception as error:  # whatever a damaged file makes yaml or pydantic raise
         raise DataError(f"{path} cannot be read as a configuration ({type(error).__name__}: {error})") from None
     if run.stage in STAGES and run.stage not in TEXT:

@@ -10,10 +10,8 @@ import os
 import shutil
 import sys
 
-from omegaconf import OmegaConf
-
-from engine.cli import guarded
-from engine.run_folder import find
+from engine.cli import ERROR, guarded, say
+from engine.run_folder import find, written_config
 
 
 def main() -> int:
@@ -28,7 +26,10 @@ def main() -> int:
         parser.error(f"{args.checkpoint} holds no complete checkpoint (iter_*/metadata.json)")
     work = f"{args.output}.work"
     size = 8 * 16 * int(os.environ.get("WORLD_SIZE", 1))  # a multiple that suits every layout; scoring has no global batch
-    raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    try:
+        raw = written_config(folder)
+    except (ValueError, OSError) as error:
+        return say(f"error: {error}", ERROR)
     instead = {
         "run": {**raw["run"], "dir": work},
         "parallel": {},

@@ -25,14 +25,15 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import adapters, rope
 from engine.config import RunConfig, dump_config
-from engine.mcore import lora, optim_state, stream, vocabulary
+from engine.mcore import lora, optim_state, safe_load, stream, vocabulary
 from engine.mcore.build import bare
-from engine.run_folder import find
+from engine.run_folder import find, inside, written_config
+
+safe_load.install()
 
 STAGE = "stage.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name, so that its tools find ours
@@ -148,7 +149,10 @@ def _is_new(written: RunConfig, wanted: RunConfig):
 
 def read_position(folder: str | Path) -> Position:
     with _reading(folder):
-        return Position(**json.loads((Path(folder) / "position.json").read_text()))
+        counts = json.loads(inside(folder, "position.json").read_text())
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError(f"position.json counts {counts}")
+        return Position(**counts)
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -158,13 +162,13 @@ def read_config(folder: str | Path) -> RunConfig:
         raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with metadata.json); check checkpoint.load")
     # Not load_config: what a checkpoint was written with need not be a run that could start here (its data, its ranks).
     with _reading(found):
-        return RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(found / "config.yaml")))
+        return RunConfig.model_validate(written_config(found))
 
 
 def read_stage(folder: str | Path) -> dict[str, float]:
     """What the stage that wrote a checkpoint said of its state."""
-    path = Path(folder) / STAGE
     with _reading(folder):
+        path = inside(folder, STAGE)
         return json.loads(path.read_text()) if path.is_file() else {}
 
 

@@ -12,10 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from engine.recipe.plan import Step
-from engine.run_folder import find
+from engine.run_folder import find, written_config
 
 NAME = "lineage.json"
 WHOLE_BYTES, PART_BYTES = 2**30, 2**26
@@ -44,7 +42,7 @@ def describe(step: Step, recipe: Path, entry: dict[str, Any], sources: dict[str,
         "recipe": str(recipe), "stage": step.name, "kind": step.kind, "identity": entry["identity"], "checkpoint": str(folder),
         "position": entry["position"], "seconds": entry["seconds"], "ranks": step.ranks,
         "git_commit": environment.get("git_commit"), "packages": environment.get("packages", {}),
-        "config": OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) if (folder / "config.yaml").is_file() else step.run.model_dump(),
+        "config": written_config(folder) if (folder / "config.yaml").is_file() else step.run.model_dump(),
         "data": data_files(step),
         "numbers": entry["numbers"], "boundary": entry["boundary"], "gates": entry.get("verdicts", []),
         "parents": {role: of_checkpoint(path) for role, path in {**sources, **external}.items()},

@@ -184,7 +184,7 @@ def _reading(folder: str | Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:  # torch's derives from BaseException and holds one error per rank
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise CheckpointError(f"{folder} is damaged ({type(cause).__name__}: {cause}). To go on from an earlier checkpoint, remove this "
+        raise CheckpointError(f"{folder} is damaged ({type(cause).__name__}: {safe_load.reason(cause)}). To go on from an earlier checkpoint, remove this "
                               "folder or name another one in checkpoint.load") from error
 
 

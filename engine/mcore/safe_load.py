@@ -4,7 +4,7 @@
 
 A torch_dist folder holds four kinds of pickles. Tensors go through torch's loader for tensors alone in any case. This file sees to the others:
 `.metadata`, which torch reads with plain pickle (here stream.read_metadata); common.pt, for which an environment variable decides; and objects in
-the shards (random states, Transformer Engine's FP8 state), which torch reads with weights_only=False.
+the shards (random states, Transformer Engine's FP8 state), which torch reads without that restriction.
 FP8 state is a pickle inside a tensor, which Transformer Engine unpickles by itself: it gets one that was made here, of what was found.
 Left out: folders that lie about sizes to waste memory.
 """
@@ -12,6 +12,7 @@ Left out: folders that lie about sizes to waste memory.
 import enum
 import io
 import pickle
+import re
 
 import torch
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -31,6 +32,14 @@ def install() -> None:
     register_default_strategy(StrategyAction.LOAD_COMMON, "torch", 1, _Common())
     torch_dist._get_filesystem_reader = lambda folder, cache_metadata=False: _Reader(folder)
     torch_dist.MCoreLoadPlanner = _Planner
+
+
+def reason(error: BaseException) -> str:
+    """What an error says. Of a file that torch's loader for tensors alone refuses: what it names, without the advice to trust it."""
+    if not isinstance(error, pickle.UnpicklingError) or "weights_only" not in str(error):
+        return str(error)
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"a file names {found[1]}, which is no tensor" if found else "a file holds other things than tensors, numbers and names"
 
 
 class _Common(TorchCommonLoadStrategy):
@@ -68,7 +77,10 @@ def clean_fp8_state(state: torch.Tensor | None) -> torch.Tensor | None:
         raise pickle.UnpicklingError(f"an {EXTRA_STATE} is no tensor of bytes, as Transformer Engine 2 writes it")
     if not state.numel():
         return state
-    return torch.frombuffer(bytearray(pickle.dumps(_Scales(io.BytesIO(state.numpy().tobytes())).load())), dtype=torch.uint8)
+    found = _Scales(io.BytesIO(state.numpy().tobytes())).load()
+    if not isinstance(found, dict | None):
+        raise pickle.UnpicklingError(f"an {EXTRA_STATE} holds a {type(found).__name__}, which is no FP8 state")
+    return torch.frombuffer(bytearray(pickle.dumps(found)), dtype=torch.uint8)
 
 
 class _Scales(pickle.Unpickler):

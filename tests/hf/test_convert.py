@@ -132,7 +132,13 @@ def test_pickles_are_read_when_allowed_and_run_nothing(convert, tiny, tmp_path, 
 
     model, folder = tiny("llama"), tmp_path / "old"
     folder.mkdir()
-    shutil.copy(model.folder / "config.json", folder)
+    # Such a folder may bring code for its model, and pickles that nobody asks for.
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(json.loads((model.folder / "config.json").read_text()) | {"auto_map": code}))
+    for name in ("theirs.py", "tokenization_theirs.py", "setup.py"):
+        (folder / name).write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth"):
+        (folder / name).write_bytes(f"cos\nsystem\n(S'touch {tmp_path / 'executed'}'\ntR.".encode())
     torch.save(dict(model.tensors), folder / "pytorch_model.bin")
     assert convert.main(["from-hf", str(folder), str(tmp_path / "ckpt")]) == 1
     assert "--allow-pickle" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """A part of tests/layout_matrix.py: each axis changes both ways, dense and MoE, in fp32 and in bf16."""
 
+import layout_matrix
 import pytest
+import ranks
 from layout_matrix import LIMIT, PAIRS, Matrix, grouped
 
 
@@ -13,3 +15,46 @@ def matrix(tmp_path_factory):
 def test_what_one_layout_saved_another_loads_bit_for_bit_and_trains_on(matrix, cells):
     for cell, difference in matrix.loaded(cells).items():
         assert difference < (LIMIT if cell.precision == "fp32" else 2e-2), f"{cell}: {difference:.1e}"
+
+
+# --- master copies that another name or another precision stands for -------------------------------------------------------
+
+
+def save_as_before(folder):
+    """A run in bf16 with ZeRO-1, whose master copies were once stored as `param`."""
+    from engine.mcore import optim_state
+
+    optim_state.MASTER = "param"
+    try:
+        layout_matrix.save("tied", "bf16", "dp2 zero1", folder)
+    finally:
+        optim_state.MASTER = "fp32_param"
+
+
+def masters_that_differ(folder, precision):
+    """On one rank, after loading: parameters whose master copy (in fp32 the weight itself) is not what is stored as that."""
+    import torch
+
+    from engine.mcore import checkpoint, optim_state, stream
+
+    network, _ = layout_matrix.network("tied", precision, "1")
+    where = checkpoint.find(folder)
+    checkpoint.load(network, where)
+    metadata, sharded = stream.read_metadata(where), optim_state._by_data(checkpoint._model_state(network))
+    found = []
+    for part in network.optimizer.chained_optimizers:
+        for parameter, main, _ in optim_state._entries(part):
+            shard = sharded[id(parameter)]
+            for piece in [shard] if hasattr(shard, "global_shape") else []:  # matrices that a factory cuts are left out
+                sizes = (*[1] * piece.prepend_axis_num, *piece.local_shape)
+                stored = stream.read(where, metadata, f"optimizer.state.param.{piece.key}", tuple(piece.global_offset), sizes)
+                if not torch.equal(stored.view(main.shape), main) or torch.equal(main, main.bfloat16().float()) and main.dim() > 1:
+                    found.append(piece.key)
+    return found, len(sharded)
+
+
+def test_master_copies_of_an_earlier_name_are_found_and_are_the_weights_of_fp32(tmp_path):
+    ranks.run(2, save_as_before, str(tmp_path))
+    for precision in ("bf16", "fp32"):
+        (found, num), = ranks.run(1, masters_that_differ, str(tmp_path), precision)
+        assert num > 10 and not found, precision

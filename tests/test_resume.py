@@ -121,6 +121,23 @@ def test_weights_alone_start_a_new_run(raw_run, tmp_path):
     assert lines[0]["loss"] < first[0]["loss"] - 0.5  # the same samples, seen by trained weights
 
 
+def test_a_checkpoint_without_moments_is_refused_on_every_rank(raw_run, tmp_path):
+    """One parameter's are missing, which one of two pp ranks trains."""
+    import pickle
+
+    on_ranks(1, merged(raw_run, {"train": {"steps": 1}, "schedule": {"kind": "constant"}}))
+    file, = Path(raw_run["run"]["dir"], "checkpoints").glob("iter_*/.metadata")
+    metadata = pickle.loads(file.read_bytes())
+    for key in [key for key in metadata.state_dict_metadata if key.startswith("optimizer.") and "final_layernorm" in key]:
+        del metadata.state_dict_metadata[key]
+    file.write_bytes(pickle.dumps(metadata))
+    new = merged(raw_run, {"run": {"dir": str(tmp_path / "new")}, "checkpoint": {"load": raw_run["run"]["dir"]}, "parallel": {"pp": 2}})
+    with pytest.raises(ranks.RankError) as caught:
+        on_ranks(2, new)
+    assert str(caught.value).count("CheckpointError: ") == 2
+    assert "holds no optimizer state of decoder.final_layernorm.weight, which this run trains" in str(caught.value)
+
+
 def test_another_model_is_refused_by_name(raw_run, tmp_path):
     on_ranks(1, raw_run)
     other = merged(raw_run, {"run": {"dir": str(tmp_path / "x")}, "model": {"ffn_hidden_size": 64}, "checkpoint": {"load": raw_run["run"]["dir"]}})

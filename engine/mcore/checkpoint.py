@@ -114,6 +114,7 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     state, stored = _model_state(model), _stored_keys(folder)
     absent = _pop_absent(state, stored, _is_new(written_by, model.run))
     if with_optimizer:
+        _refuse_without_moments(folder, optim_state.lacking(model, state, stored))
         state["optimizer"] = optim_state.describe(model, state, stored=stored)
         if _same_layout(written_by, model.run):
             state["random"] = _random_state(model.topology)
@@ -269,6 +270,16 @@ def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, wit
     if with_optimizer and wanted.lora.rank and not written.lora.rank:
         raise CheckpointError(f"{folder} has no adapters and this run has lora.rank={wanted.lora.rank}, so the optimizer's state does not fit; "
                               "set checkpoint.load_optimizer=false")
+
+
+def _refuse_without_moments(folder: Path, lacking: list[str]) -> None:
+    """Collective: pp ranks train different parameters, and none may go on alone."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, lacking)
+    if names := sorted({name for names in found for name in names}):
+        some = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+        raise CheckpointError(f"{folder} holds no optimizer state of {some}, which this run trains: it was converted, is an average, or trained "
+                              "other parameters; set checkpoint.load_optimizer=false")
 
 
 def _write_whole(path: Path, text: str) -> None:

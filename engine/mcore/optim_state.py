@@ -41,6 +41,13 @@ def describe(model, model_state: dict, stored: set[str] | None = None) -> dict:
     return described
 
 
+def lacking(model, model_state: dict, stored: set[str]) -> list[str]:
+    """The parameters that this rank trains and of which no moments are stored."""
+    sharded = _by_data(model_state)
+    keys = [sharded[id(parameter)].key for chunk in model.chunks for parameter in chunk.parameters() if parameter.requires_grad]
+    return [key for key in keys if f"optimizer.state.{MOMENTS[0]}.{key}" not in stored]
+
+
 def _kept(kinds: dict, in_fp32: set[str], stored: set[str] | None):
     """Of one parameter's tensors, by kind, those to save, or those that are stored, under their keys."""
     for kind, tensor in kinds.items():

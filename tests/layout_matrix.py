@@ -38,6 +38,7 @@ LAYOUTS = {
     "tp2": (2, dict(tp=2, **SP)),
     "pp2": (2, dict(pp=2)),
     "pp2 vpp2": (2, dict(pp=2, vpp=2)),
+    "pp2 3+1": (2, dict(pp=2, pp_layers=[3, 1])),
     "cp2 zero1": (2, dict(cp=2, zero1=True)),
     "tp2 pp2": (4, dict(tp=2, **SP, pp=2)),
     "tp2 dp2 zero1": (4, dict(tp=2, **SP, zero1=True)),
@@ -53,7 +54,7 @@ LAYOUTS = {
 }
 FEW = ("1", "tp2", "pp2", "dp2 zero1")
 SQUARES = {
-    ("tied", "fp32"): (*FEW, "dp2", "pp2 vpp2", "cp2 zero1", "tp4", "tp2 pp2", "pp2 vpp2 dp2 zero1"),
+    ("tied", "fp32"): (*FEW, "dp2", "pp2 vpp2", "pp2 3+1", "cp2 zero1", "tp4", "tp2 pp2", "pp2 vpp2 dp2 zero1"),
     ("tied", "bf16"): (*FEW, "cp2 zero1", "pp2 vpp2 dp2 zero1"),
     ("moe", "fp32"): (*FEW, "ep2", "tp2 etp1", "tp2 etp1 ep2", "cp2 ep2", "tp2 ep2 zero1", "tp2 etp1 ep2 pp2 zero1"),
     ("latent-moe", "bf16"): (*FEW, "ep2", "ep2 zero1", "tp2 etp1 ep2", "tp2 etp1 ep2 pp2 zero1"),
@@ -81,7 +82,7 @@ def pairs(model: str, precision: str, *changes: tuple[str, str]) -> list[Pair]:
 
 
 PAIRS = [
-    *pairs("tied", "fp32", ("1", "tp2"), ("tp2", "1"), ("1", "pp2 vpp2"), ("pp2 vpp2", "pp2"), ("pp2", "pp2 vpp2"), ("pp2", "1"),
+    *pairs("tied", "fp32", ("1", "tp2"), ("tp2", "1"), ("1", "pp2 vpp2"), ("pp2 vpp2", "pp2"), ("pp2", "pp2 3+1"), ("pp2 3+1", "1"),
            ("1", "cp2 zero1"), ("cp2 zero1", "1"), ("cp2 zero1", "dp2"), ("dp2", "dp2 zero1"), ("dp2 zero1", "dp2"), ("dp2 zero1", "tp2 pp2"),
            ("tp2 pp2", "dp2 zero1")),
     *pairs("tied", "bf16", ("1", "dp2 zero1"), ("dp2 zero1", "tp2"), ("tp2", "pp2 vpp2 dp2 zero1"), ("pp2 vpp2 dp2 zero1", "1")),
@@ -263,6 +264,17 @@ number of the weights, the fp32 masters and both of AdamW's moments was bit-equa
 difference of the losses and gradient norms of the next {STEPS - SAVED_AT} steps from one rank that never stopped; in bf16 it is the
 rounding of bf16 between layouts, the same as without a checkpoint. Written by `python tests/layout_matrix.py --write docs/layouts.md`;
 `tests/test_layout_matrix.py` asserts a part.
+
+| model | what is in it |
+| --- | --- |
+| tied | dense, embeddings shared by the first and the last pp rank, norms of queries and keys, biases in QKV |
+| moe | 4 experts, top 2, a shared expert; one of four layers dense |
+| latent-moe | latent attention (MLA), the first layer dense, 4 experts, a shared one |
+| biased-moe | experts with biases, attention with sinks (gpt-oss) |
+| critic | dense with a scalar head |
+| lora | dense with DoRA's adapters, of which alone moments are kept |
+
+`3+1`: layers on the two pp ranks.
 """
 
 if __name__ == "__main__":

@@ -241,6 +241,13 @@ def _same_layout(one: RunConfig, other: RunConfig) -> bool:
     return all(getattr(one.parallel, axis) == getattr(other.parallel, axis) for axis in ("tp", "pp", "vpp", "pp_layers"))
 
 
+def _refuse_without_moments(folder: Path, lacking: list[str]) -> None:
+    if lacking:
+        some = ", ".join(lacking[:3]) + f" and {len(lacking) - 3} more" * (len(lacking) > 3)
+        raise CheckpointError(f"{folder} holds no optimizer state of {some}, which this run trains: it was converted, is an average, or trained "
+                              "other parameters; set checkpoint.load_optimizer=false")
+
+
 def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, with_optimizer: bool) -> None:
     shape = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_heads", "head_size",
              "norm", "activation", "position", "rope_percent", "qkv_bias", "linear_bias", "qk_norm", "qk_norm_width", "norm_place",
@@ -270,16 +277,6 @@ def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, wit
     if with_optimizer and wanted.lora.rank and not written.lora.rank:
         raise CheckpointError(f"{folder} has no adapters and this run has lora.rank={wanted.lora.rank}, so the optimizer's state does not fit; "
                               "set checkpoint.load_optimizer=false")
-
-
-def _refuse_without_moments(folder: Path, lacking: list[str]) -> None:
-    """Collective: pp ranks train different parameters, and none may go on alone."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, lacking)
-    if names := sorted({name for names in found for name in names}):
-        some = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-        raise CheckpointError(f"{folder} holds no optimizer state of {some}, which this run trains: it was converted, is an average, or trained "
-                              "other parameters; set checkpoint.load_optimizer=false")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ weights; one in bf16 that goes on from fp32 starts its master copies at the roun
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -42,10 +43,13 @@ def describe(model, model_state: dict, stored: set[str] | None = None) -> dict:
 
 
 def lacking(model, model_state: dict, stored: set[str]) -> list[str]:
-    """The parameters that this rank trains and of which no moments are stored."""
+    """The parameters that any rank trains and of which no moments are stored. Collective: pp ranks train different ones, and none may go on alone."""
     sharded = _by_data(model_state)
-    keys = [sharded[id(parameter)].key for chunk in model.chunks for parameter in chunk.parameters() if parameter.requires_grad]
-    return [key for key in keys if f"optimizer.state.{MOMENTS[0]}.{key}" not in stored]
+    trained = [(name, parameter) for chunk in model.chunks for name, parameter in chunk.named_parameters() if parameter.requires_grad]
+    keys = [sharded[id(parameter)].key if id(parameter) in sharded else name for name, parameter in trained]  # a new head is not in model_state
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [key for key in keys if f"optimizer.state.{MOMENTS[0]}.{key}" not in stored])
+    return sorted({key for keys in found for key in keys})
 
 
 def _kept(kinds: dict, in_fp32: set[str], stored: set[str] | None):

@@ -51,7 +51,8 @@ def which(args: argparse.Namespace) -> None:
 def _config(folder: Path, step: int):
     from engine.config import RunConfig
     from engine.data.indexed import DataError
-    from engine.run_folder import find, written_config
+    from engine.foreign import written_config
+    from engine.run_folder import find
     from engine.stages import STAGES, TEXT
 
     path, written = folder / "config.yaml", find(folder / "checkpoints")

@@ -17,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 from yaml import YAMLError
 
+from engine.foreign import written_config
 from engine.model_sections import Model
 from engine.models import FAMILIES, family_defaults
 from engine.online_sections import Grpo, Ppo, RewardPart, Rollout
-from engine.run_folder import find, written_config
+from engine.run_folder import find
 from engine.safety_sections import Checkpoint
 from engine.section import Section, Unreadable  # noqa: F401 (Unreadable: for engine/checks.py)
 from engine.stage_sections import Anneal, Average, Chat, Dpo, LongContext, Lora, Reward, Tune

@@ -20,7 +20,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from engine.cli import ERROR, guarded, say
-from engine.run_folder import find, written_config
+from engine.foreign import written_config
+from engine.run_folder import find
 
 
 def number(kind, low, high=float("inf"), above=False):

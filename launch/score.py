@@ -11,7 +11,8 @@ import shutil
 import sys
 
 from engine.cli import ERROR, guarded, say
-from engine.run_folder import find, written_config
+from engine.foreign import written_config
+from engine.run_folder import find
 
 
 def main() -> int:

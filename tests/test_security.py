@@ -132,6 +132,7 @@ def attacked(raw: dict, folder: str, mark: str) -> dict[str, str]:
     for name, change in attacks(Path(folder), mark):
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(folder, work)
+        (work / "hashes.json").unlink(missing_ok=True)  # who changes a folder can change its hashes
         change(work)
         try:
             checkpoint.load(model, work)
@@ -291,6 +292,7 @@ def test_what_a_checkpoint_says_of_itself_is_not_looked_up_here(saved, tmp_path,
     config = run / "checkpoints" / folder.name / "config.yaml"
     config.write_text(config.read_text().replace("family: llama", "family: ${oc.env:TRIREME_SECRET}"))
     shutil.copy(config, run / "config.yaml")
+    (config.parent / "hashes.json").unlink(missing_ok=True)
     (run / "metrics.jsonl").write_text("")
     (tmp_path / "new.yaml").write_text(f"checkpoint: {{load: {run}}}\ndata: {{train: [x]}}\ntrain: {{seq_len: 8, global_batch: 1, steps: 1}}\n")
     said = []

@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import adapters, rope
 from engine.config import RunConfig, dump_config
+from engine.foreign import inside, written_config
 from engine.mcore import lora, optim_state, safe_load, stream, vocabulary
 from engine.mcore.build import bare
-from engine.run_folder import find, inside, written_config
+from engine.run_folder import find
 
 safe_load.install()
 

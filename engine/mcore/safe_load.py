@@ -21,8 +21,8 @@ from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_read
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from engine.foreign import inside
 from engine.mcore import stream, te_problem
-from engine.run_folder import inside
 
 EXTRA_STATE = "_extra_state"
 

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
-from engine.run_folder import inside
+from engine.foreign import inside
 
 QUEUE = 2  # tensors that wait for a writer: enough to keep it busy, little to keep in memory
 

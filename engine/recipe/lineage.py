@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engine.foreign import written_config
 from engine.recipe.plan import Step
-from engine.run_folder import find, written_config
+from engine.run_folder import find
 
 NAME = "lineage.json"
 WHOLE_BYTES, PART_BYTES = 2**30, 2**26

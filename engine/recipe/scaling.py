@@ -134,8 +134,8 @@ def point_of(run_dir: str | Path, split: str = "") -> Point:
     """
     from engine import metrics
     from engine.config import RunConfig, nearest
+    from engine.foreign import written_config
     from engine.log import read_metrics
-    from engine.run_folder import written_config
 
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "metrics.jsonl").is_file():

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from engine import schedule
 from engine.config import ConfigError, RunConfig
-from engine.run_folder import find, written_config
+from engine.foreign import written_config
+from engine.run_folder import find
 
 
 def required(run) -> str:

@@ -260,9 +260,9 @@ def main() -> int:
 HEADER = f"""# Layouts: what one saved, any other loads
 
 Each cell: a run in the layout of its row saved after {SAVED_AT} steps and one in the layout of its column loaded that. In all of them every
-number of the weights, the fp32 masters and both of AdamW's moments was bit-equal to the stored one, and so was the number of updates. The figure is the largest relative
-difference of the losses and gradient norms of the next {STEPS - SAVED_AT} steps from one rank that never stopped; in bf16 it is the
-rounding of bf16 between layouts, the same as without a checkpoint. Written by `python tests/layout_matrix.py --write docs/layouts.md`;
+number of the weights, the fp32 masters and both of AdamW's moments was bit-equal to the stored one, and so was the number of updates.
+The figure is the largest relative difference of the losses and gradient norms of the next {STEPS - SAVED_AT} steps from one rank that never
+stopped; in bf16 it is the rounding of bf16 between layouts, the same as without a checkpoint. Written by `python tests/layout_matrix.py --write docs/layouts.md`;
 `tests/test_layout_matrix.py` asserts a part.
 
 | model | what is in it |

@@ -205,4 +205,4 @@ def test_another_number_of_replicas_reads_the_same_samples_in_the_same_order(raw
         assert one.keys() == other.keys() >= {"tokens", "labels", "loss_mask"}
         assert all(np.array_equal(one[name], other[name]) for name in one), f"the batch that begins with sample {first}"
     rows = [row.tobytes() for _, batch in whole for row in batch["tokens"]]
-    assert len(rows) == whole[-1][0] + 8 and len(set(rows)) > 20
+    assert len(rows) == whole[-1][0] + 8 and len(set(rows)) > 12

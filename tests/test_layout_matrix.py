@@ -31,30 +31,33 @@ def save_as_before(folder):
         optim_state.MASTER = "fp32_param"
 
 
-def masters_that_differ(folder, precision):
-    """On one rank, after loading: parameters whose master copy (in fp32 the weight itself) is not what is stored as that."""
+def masters_that_differ(folder, precision, layout):
+    """After loading: parameters whose master copy (in fp32 the weight itself) is not what is stored as that; how many were compared."""
     import torch
 
     from engine.mcore import checkpoint, optim_state, stream
 
-    network, _ = layout_matrix.network("tied", precision, "1")
+    network, _ = layout_matrix.network("tied", precision, layout)
     where = checkpoint.find(folder)
     checkpoint.load(network, where)
     metadata, sharded = stream.read_metadata(where), optim_state._by_data(checkpoint._model_state(network))
-    found = []
-    for part in network.optimizer.chained_optimizers:
-        for parameter, main, _ in optim_state._entries(part):
-            shard = sharded[id(parameter)]
-            for piece in [shard] if hasattr(shard, "global_shape") else []:  # matrices that a factory cuts are left out
-                sizes = (*[1] * piece.prepend_axis_num, *piece.local_shape)
-                stored = stream.read(where, metadata, f"optimizer.state.param.{piece.key}", tuple(piece.global_offset), sizes)
-                if not torch.equal(stored.view(main.shape), main) or torch.equal(main, main.bfloat16().float()) and main.dim() > 1:
-                    found.append(piece.key)
-    return found, len(sharded)
+    pairs = [(weight, weight) for chunk in network.chunks for weight in chunk.parameters()]
+    if precision == "bf16":
+        pairs = [(weight, main) for part in network.optimizer.chained_optimizers for weight, main, _ in optim_state._entries(part)]
+    found, num = [], 0
+    for weight, main in pairs:
+        piece = sharded[id(weight)]
+        if hasattr(piece, "global_shape"):  # matrices that a factory cuts are left out
+            sizes = (*[1] * piece.prepend_axis_num, *piece.local_shape)
+            stored = stream.read(where, metadata, f"optimizer.state.param.{piece.key}", tuple(piece.global_offset), sizes).view(main.shape)
+            is_rounded = main.dim() > 1 and torch.equal(main, main.bfloat16().float())
+            found += [piece.key] if is_rounded or not torch.equal(stored, main) else []
+            num += 1
+    return found, num
 
 
 def test_master_copies_of_an_earlier_name_are_found_and_are_the_weights_of_fp32(tmp_path):
     ranks.run(2, save_as_before, str(tmp_path))
-    for precision in ("bf16", "fp32"):
-        (found, num), = ranks.run(1, masters_that_differ, str(tmp_path), precision)
-        assert num > 10 and not found, precision
+    for num_ranks, precision, layout in ((1, "bf16", "1"), (1, "fp32", "1"), (2, "fp32", "dp2 zero1")):
+        for found, num in ranks.run(num_ranks, masters_that_differ, str(tmp_path), precision, layout):
+            assert num > 20 and not found, (precision, layout)

@@ -93,6 +93,9 @@ def restore(model, loaded: dict) -> None:
                 for kind in MOMENTS:
                     state[kind].copy_(tensors[j][kind])
         _set_step(part.optimizer, loaded["step"])
+    if model.run.parallel.zero1 and model.run.train.precision == "fp32":
+        for chunk in model.chunks:
+            chunk.start_param_sync(force_sync=True)  # master copies of a run in bf16 may have become weights, on each dp rank a part
     if "loss_scaler" in loaded and _scaler(model.optimizer) is not None:
         for part in model.optimizer.chained_optimizers:
             part.grad_scaler.load_state_dict(loaded["loss_scaler"])

@@ -250,10 +250,10 @@ def main() -> int:
             worst, num_cells = max([worst, *(found.values() if precision == "fp32" else [])]), num_cells + len(found)
             lines += ["", f"## {model}, {precision}", "", "| saved by | " + " | ".join(layouts) + " |", "| --- |" + " --- |" * len(layouts)]
             lines += [f"| {old} | " + " | ".join(f"{found[Pair(model, precision, old, new)]:.0e}" for new in layouts) + " |" for old in layouts]
+            if args.write:
+                Path(args.write).write_text(HEADER + "\n".join(lines) + "\n")
     print(*lines, sep="\n")
     print(f"{num_cells} pairs of layouts in {time.time() - start:.0f} s, largest difference in fp32 {worst:.1e}")
-    if args.write:
-        Path(args.write).write_text(HEADER + "\n".join(lines) + "\n")
     return 0 if worst < LIMIT else 1
 
 

@@ -68,10 +68,9 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _config(folder: Path, step: int | None):
-    from omegaconf import OmegaConf
-
     from engine.config import RunConfig
     from engine.data.indexed import DataError
+    from engine.foreign import written_config
     from engine.run_folder import find
     from engine.stages import STAGES, TEXT
 
@@ -81,7 +80,7 @@ def _config(folder: Path, step: int | None):
     if not path.is_file():
         raise UsageError(f"{folder} is no folder of a run: it has no config.yaml (of a ladder, name one of its rungs)")
     try:
-        run = RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+        run = RunConfig.model_validate(written_config(path.parent))
     except Exception as error:  # whatever a damaged file makes yaml or pydantic raise
         raise DataError(f"{path} cannot be read as a configuration ({type(error).__name__}: {error})") from None
     if run.stage in STAGES and run.stage not in TEXT:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 from yaml import YAMLError
 
+from engine.foreign import written_config
 from engine.model_sections import Model
 from engine.models import FAMILIES, family_defaults
 from engine.online_sections import Grpo, Ppo, RewardPart, Rollout
@@ -395,7 +396,10 @@ def _with_checkpoints_model(raw: dict[str, Any]) -> dict[str, Any]:
     folder = find(load)
     if folder is None:
         raise ConfigError([f"the configuration has no model, and checkpoint.load={load}, which would say, holds no complete checkpoint (iter_*/metadata.json)"])
-    written = read_yaml(folder / "config.yaml", [])["model"]
+    try:
+        written = written_config(folder)["model"]
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError([f"checkpoint.load={load}: its configuration cannot be read ({error}); name another checkpoint"]) from None
     written.pop("head", None)  # the stage's business
     return {**raw, "model": OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(written), OmegaConf.create(own)))}
 

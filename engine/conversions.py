@@ -181,7 +181,7 @@ def _megatron_folder(path: Path) -> Path:
         return path
     if (path / TRACKER).is_file():
         step = (path / TRACKER).read_text().strip()
-        folder = path / (f"iter_{int(step):07d}" if step.isdigit() else "release" if step == "release" else "")
+        folder = path / (f"iter_{int(step):07d}" if step.isdecimal() else "release" if step == "release" else "")
         if (folder / ".metadata").is_file():
             return folder
     raise CheckpointError(f"{path} is no torch_dist checkpoint of Megatron: neither .metadata nor a {TRACKER} that leads to one")

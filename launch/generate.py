@@ -20,6 +20,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from engine.cli import ERROR, guarded, say
+from engine.foreign import written_config
 from engine.run_folder import find
 
 
@@ -82,7 +83,7 @@ def sections(args) -> dict:
 
         raw = run_of(*open_hf(args.model), args.model, "unused").model_dump()
     else:
-        raw = OmegaConf.to_container(OmegaConf.load(args.checkpoint / "config.yaml"))
+        raw = written_config(args.checkpoint)
     data = {"train": ["unused"], "tokenizer": args.tokenizer or raw["data"]["tokenizer"]}
     if not args.tokenizer:
         data["eod_id"] = raw["data"]["eod_id"]

@@ -10,9 +10,8 @@ import os
 import shutil
 import sys
 
-from omegaconf import OmegaConf
-
-from engine.cli import guarded
+from engine.cli import ERROR, guarded, say
+from engine.foreign import written_config
 from engine.run_folder import find
 
 
@@ -28,7 +27,10 @@ def main() -> int:
         parser.error(f"{args.checkpoint} holds no complete checkpoint (iter_*/metadata.json)")
     work = f"{args.output}.work"
     size = 8 * 16 * int(os.environ.get("WORLD_SIZE", 1))  # a multiple that suits every layout; scoring has no global batch
-    raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    try:
+        raw = written_config(folder)
+    except (ValueError, OSError) as error:
+        return say(f"error: {error}", ERROR)
     instead = {
         "run": {**raw["run"], "dir": work},
         "parallel": {},

@@ -22,16 +22,18 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import adapters, hashes, rope
 from engine.config import RunConfig, dump_config
-from engine.mcore import lora, optim_state, saving, stream, vocabulary
+from engine.foreign import inside, written_config
+from engine.mcore import lora, optim_state, safe_load, saving, stream, vocabulary
 from engine.mcore.build import bare
 from engine.mcore.saving import CheckpointError
 from engine.mcore.saving_plan import Part
 from engine.run_folder import find
+
+safe_load.install()
 
 STAGE = "stage.json"
 
@@ -97,6 +99,7 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     state, stored = _model_state(model), _stored_keys(folder)
     absent = _pop_absent(state, stored, _is_new(written_by, model.run))
     if with_optimizer:
+        _refuse_without_moments(folder, optim_state.lacking(model, state, stored))
         state["optimizer"] = optim_state.describe(model, state, stored=stored)
         if _same_layout(written_by, model.run):
             state["random"] = _random_state(model.topology)
@@ -132,7 +135,10 @@ def _is_new(written: RunConfig, wanted: RunConfig):
 
 def read_position(folder: str | Path) -> Position:
     with _reading(folder):
-        return Position(**json.loads((Path(folder) / "position.json").read_text()))
+        counts = json.loads(inside(folder, "position.json").read_text())
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError(f"position.json counts {counts}")
+        return Position(**counts)
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -142,13 +148,13 @@ def read_config(folder: str | Path) -> RunConfig:
         raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with metadata.json); check checkpoint.load")
     # Not load_config: what a checkpoint was written with need not be a run that could start here (its data, its ranks).
     with _reading(found):
-        return RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(found / "config.yaml")))
+        return RunConfig.model_validate(written_config(found))
 
 
 def read_stage(folder: str | Path) -> dict[str, float]:
     """What the stage that wrote a checkpoint said of its state."""
-    path = Path(folder) / STAGE
     with _reading(folder):
+        path = inside(folder, STAGE)
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -164,7 +170,7 @@ def _reading(folder: str | Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:  # torch's derives from BaseException and holds one error per rank
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise CheckpointError(f"{folder} is damaged ({type(cause).__name__}: {cause}). To go on from an earlier checkpoint, remove this "
+        raise CheckpointError(f"{folder} is damaged ({type(cause).__name__}: {safe_load.reason(cause)}). To go on from an earlier checkpoint, remove this "
                               "folder or name another one in checkpoint.load") from error
 
 
@@ -218,6 +224,13 @@ def _restore_random(state, device: str) -> None:
 
 def _same_layout(one: RunConfig, other: RunConfig) -> bool:
     return all(getattr(one.parallel, axis) == getattr(other.parallel, axis) for axis in ("tp", "pp", "vpp", "pp_layers"))
+
+
+def _refuse_without_moments(folder: Path, lacking: list[str]) -> None:
+    if lacking:
+        some = ", ".join(lacking[:3]) + f" and {len(lacking) - 3} more" * (len(lacking) > 3)
+        raise CheckpointError(f"{folder} holds no optimizer state of {some}, which this run trains: it was converted, is an average, or trained "
+                              "other parameters; set checkpoint.load_optimizer=false")
 
 
 def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, with_optimizer: bool) -> None:

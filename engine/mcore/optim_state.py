@@ -7,9 +7,14 @@
 Keys are `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.<parameter>`, megatron's own. Its state_dict of an optimizer is not
 used: its parameter groups depend on the layout (experts apart or not), and everything in them follows from the configuration
 and the schedule anyway. Moments kept in lower precision (optim.precision_aware) are stored in fp32 like the others.
+A master copy is stored of what is not fp32 itself, under one name with ZeRO-1 and without. A run in fp32 that goes on from bf16 takes it for its
+weights; one in bf16 that goes on from fp32 starts its master copies at the rounded weights.
 """
 
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -17,12 +22,14 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-KINDS = ("exp_avg", "exp_avg_sq", "fp32_param")
+MOMENTS, MASTER = ("exp_avg", "exp_avg_sq"), "fp32_param"
+_ZERO1_MASTER = "param"  # megatron's name for it there, and ours in checkpoints written before 2026-11-26
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
 def describe(model, model_state: dict, stored: set[str] | None = None) -> dict:
-    """Sharded optimizer state of this rank. `stored`: names of stored parameters, to load only the kinds that are there."""
+    """Sharded optimizer state of this rank. `stored`: names of stored tensors, to load only the kinds that are there."""
+    in_fp32 = {value.key for value in _by_data(model_state).values() if isinstance(value.data, torch.Tensor) and value.data.dtype == torch.float32}
     described = {"step": _step(model.optimizer), "parts": {}}
     if _scaler(model.optimizer) is not None:
         described["loss_scaler"] = _scaler(model.optimizer).state_dict()
@@ -31,9 +38,35 @@ def describe(model, model_state: dict, stored: set[str] | None = None) -> dict:
             continue
         _make_moments(part.optimizer)
         tensors = _zero1(part, model_state, stored is not None) if isinstance(part, DistributedOptimizer) else _whole(part, model_state)
-        described["parts"][i] = {j: {kind: t for kind, t in kinds.items() if stored is None or t.key in stored}
-                                 for j, kinds in tensors.items()}
+        described["parts"][i] = {j: dict(_kept(kinds, in_fp32, stored)) for j, kinds in tensors.items()}
     return described
+
+
+def lacking(model, model_state: dict, stored: set[str]) -> list[str]:
+    """The parameters that any rank trains and of which no moments are stored. Collective: pp ranks train different ones, and none may go on alone."""
+    sharded = _by_data(model_state)
+    trained = [(name, parameter) for chunk in model.chunks for name, parameter in chunk.named_parameters() if parameter.requires_grad]
+    keys = [sharded[id(parameter)].key if id(parameter) in sharded else name for name, parameter in trained]  # a new head is not in model_state
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [key for key in keys if f"optimizer.state.{MOMENTS[0]}.{key}" not in stored])
+    return sorted({key for keys in found for key in keys})
+
+
+def _kept(kinds: dict, in_fp32: set[str], stored: set[str] | None):
+    """Of one parameter's tensors, by kind, those to save, or those that are stored, under their keys."""
+    for kind, tensor in kinds.items():
+        name = tensor.key.split(".", 3)[3]
+        is_weight = kind == MASTER and name in in_fp32
+        tensor = replace(tensor, key=f"optimizer.state.{kind}.{name}")
+        if stored is None:
+            if not is_weight:
+                yield kind, tensor
+            continue
+        if kind == MASTER and tensor.key not in stored:
+            tensor.key = f"optimizer.state.{_ZERO1_MASTER}.{name}"
+        if tensor.key in stored:
+            # The weight itself is read under its own name, into its own memory.
+            yield kind, replace(tensor, data=torch.empty_like(tensor.data)) if is_weight else tensor
 
 
 def _make_moments(adam) -> None:
@@ -56,10 +89,13 @@ def restore(model, loaded: dict) -> None:
             _restore_zero1(part, tensors, float(loaded["step"]))
         else:
             for j, (parameter, main, state) in enumerate(_entries(part)):
-                main.data.copy_(tensors[j].get("fp32_param", parameter.data))
-                for kind in ("exp_avg", "exp_avg_sq"):
+                main.data.copy_(tensors[j].get(MASTER, parameter.data))
+                for kind in MOMENTS:
                     state[kind].copy_(tensors[j][kind])
         _set_step(part.optimizer, loaded["step"])
+    if model.run.parallel.zero1 and model.run.train.precision == "fp32":
+        for chunk in model.chunks:
+            chunk.start_param_sync(force_sync=True)  # master copies of a run in bf16 may have become weights, on each dp rank a part
     if "loss_scaler" in loaded and _scaler(model.optimizer) is not None:
         for part in model.optimizer.chained_optimizers:
             part.grad_scaler.load_state_dict(loaded["loss_scaler"])
@@ -72,9 +108,7 @@ def _whole(part, model_state) -> dict:
     sharded = _by_data(model_state)
     described = {}
     for j, (parameter, main, state) in enumerate(_entries(part)):
-        kinds = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-        if main is not parameter:
-            kinds["fp32_param"] = main
+        kinds = {**{kind: state[kind] for kind in MOMENTS}, MASTER: main}
         described[j] = {kind: make_sharded_optimizer_tensor(sharded[id(parameter)], tensor, f"optimizer.state.{kind}")
                         for kind, tensor in kinds.items()}
     return described
@@ -102,14 +136,14 @@ def _by_data(model_state) -> dict[int, ShardedBase]:
 
 def _zero1(part, model_state, is_loading: bool) -> dict:
     metadata = {**_METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    return {j: {"fp32_param" if kind == "param" else kind: tensor for kind, tensor in kinds.items()}
+    return {j: {MASTER if kind == _ZERO1_MASTER else kind: tensor for kind, tensor in kinds.items()}
             for j, kinds in part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata).items()}
 
 
 def _restore_zero1(part, tensors: dict, step: float) -> None:
     """Cut this rank's ranges out of whole parameters. `tensors`: {running number of the parameter: {kind: tensor}}."""
     original = type(part)._set_main_param_and_optimizer_states
-    # The checkpoint has no step per parameter, which torch's AdamW wants; none written without ZeRO-1 in fp32 has a master copy.
+    # The checkpoint has no step per parameter, which torch's AdamW wants, and no master copy of what was fp32.
     steps = {"step": torch.tensor(step)} if isinstance(part.optimizer, torch.optim.AdamW) else {}
 
     def with_missing(parameter, found):

@@ -27,6 +27,8 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
+from engine.foreign import inside
+
 QUEUE = 2  # tensors that wait for a writer: enough to keep it busy, little to keep in memory
 
 
@@ -152,9 +154,15 @@ def _finish(folder: Path, stored: Mapping[str, tuple], entries: list) -> None:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """`.metadata` of a folder, a pickle: one that names anything but descriptions of tensors is refused, so that a foreign one runs no code."""
-    with open(folder / ".metadata", "rb") as file:
-        return _Descriptions(file).load()
+    """`.metadata` of a folder, a pickle: one that names anything but descriptions of tensors is refused, so that a foreign one runs no code; and
+    one whose tensors lie in files outside the folder."""
+    with open(inside(folder, ".metadata"), "rb") as file:
+        found = _Descriptions(file).load()
+    if not isinstance(found, Metadata):
+        raise pickle.UnpicklingError(f".metadata holds a {type(found).__name__}, which describes no tensors")
+    for name in {place.relative_path for place in found.storage_data.values()}:
+        inside(folder, name)
+    return found
 
 
 class _Descriptions(pickle.Unpickler):
@@ -189,8 +197,6 @@ def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], s
         if any(a >= b for a, b in zip(low, high)):
             continue
         place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        if Path(place.relative_path).name != place.relative_path:
-            raise ValueError(f".metadata names the file {place.relative_path!r}, which is not in the folder")
         if tuple(chunk.sizes) == tuple(sizes) and tuple(chunk.offsets) == tuple(offsets):
             return _chunk(folder / place.relative_path, place, target)
         inside = _chunk(folder / place.relative_path, place, torch.empty(chunk.sizes, dtype=target.dtype))

@@ -120,7 +120,7 @@ def _environment(run) -> None:
         # One queue to the device: communication then starts before the product that is to hide it. GPUs before Blackwell need it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if run.train.fp8.recipe == "delayed":
-        # Without it Transformer Engine refuses the scales in a checkpoint, which it pickles; torch unpickles all else in there anyway.
+        # Without it Transformer Engine refuses the scales in a checkpoint, which it pickles; it is given none but those that safe_load.py pickled.
         os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     if run.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -12,8 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from engine.foreign import written_config
 from engine.recipe.plan import Step
 from engine.run_folder import find
 
@@ -44,7 +43,7 @@ def describe(step: Step, recipe: Path, entry: dict[str, Any], sources: dict[str,
         "recipe": str(recipe), "stage": step.name, "kind": step.kind, "identity": entry["identity"], "checkpoint": str(folder),
         "position": entry["position"], "seconds": entry["seconds"], "ranks": step.ranks,
         "git_commit": environment.get("git_commit"), "packages": environment.get("packages", {}),
-        "config": OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) if (folder / "config.yaml").is_file() else step.run.model_dump(),
+        "config": written_config(folder) if (folder / "config.yaml").is_file() else step.run.model_dump(),
         "data": data_files(step),
         "numbers": entry["numbers"], "boundary": entry["boundary"], "gates": entry.get("verdicts", []),
         "parents": {role: of_checkpoint(path) for role, path in {**sources, **external}.items()},

@@ -132,16 +132,15 @@ def point_of(run_dir: str | Path, split: str = "") -> Point:
 
     Raises ConfigError where the folder holds no such run.
     """
-    from omegaconf import OmegaConf
-
     from engine import metrics
     from engine.config import RunConfig, nearest
+    from engine.foreign import written_config
     from engine.log import read_metrics
 
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "metrics.jsonl").is_file():
         raise ConfigError([f"{run_dir} is no run's folder: it has no config.yaml and metrics.jsonl"])
-    run = RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    run = RunConfig.model_validate(written_config(run_dir))
     if run.stage != "pretrain" or run.checkpoint.load:
         raise ConfigError([f"{run_dir} is of stage {run.stage}{' from a checkpoint' * bool(run.checkpoint.load)}; a law is fitted to models trained "
                            "from the start (stage pretrain)"])

@@ -11,10 +11,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from engine import schedule
 from engine.config import ConfigError, RunConfig
+from engine.foreign import written_config
 from engine.run_folder import find
 
 
@@ -35,7 +34,7 @@ def folder(run) -> Path:
 
 def config(folder: Path) -> RunConfig:
     """The configuration of the run that wrote it. Raises ConfigError where it cannot be read."""
-    return _read(folder / "config.yaml", lambda path: RunConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path))))
+    return _read(folder / "config.yaml", lambda path: RunConfig.model_validate(written_config(path.parent)))
 
 
 def position(folder: Path) -> Mapping[str, int]:

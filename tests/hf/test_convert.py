@@ -1,5 +1,6 @@
 """launch/convert.py: instant help, exit codes without tracebacks, and both directions proved end to end."""
 
+import json
 import subprocess
 import sys
 import time
@@ -54,7 +55,6 @@ def test_a_bad_folder_is_1_without_a_traceback(convert, tmp_path, capsys):
 
 
 def test_what_transformers_does_not_load_is_told_without_a_traceback(tiny, tmp_path):
-    import json
     import shutil
 
     from engine.hf.fields import HFError
@@ -128,11 +128,15 @@ def test_an_export_that_was_changed_is_not_read(convert, tiny, tmp_path, capsys)
 
 
 def test_pickles_are_read_when_allowed_and_run_nothing(convert, tiny, tmp_path, capsys):
-    import shutil
-
     model, folder = tiny("llama"), tmp_path / "old"
     folder.mkdir()
-    shutil.copy(model.folder / "config.json", folder)
+    # Such a folder may bring code for its model, and pickles that nobody asks for.
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(json.loads((model.folder / "config.json").read_text()) | {"auto_map": code}))
+    for name in ("theirs.py", "tokenization_theirs.py", "setup.py"):
+        (folder / name).write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth"):
+        (folder / name).write_bytes(f"cos\nsystem\n(S'touch {tmp_path / 'executed'}'\ntR.".encode())
     torch.save(dict(model.tensors), folder / "pytorch_model.bin")
     assert convert.main(["from-hf", str(folder), str(tmp_path / "ckpt")]) == 1
     assert "--allow-pickle" in capsys.readouterr().err

@@ -309,7 +309,8 @@ def _mtp(run):
         return
     weight = f"model.mtp.loss_weight({mtp.loss_weight:g})"
     if run.stage in STAGES and run.stage not in NEXT_TOKEN:
-        yield f"{weight} is that of a loss beside next tokens' ({', '.join(NEXT_TOKEN)}), but stage={run.stage}; set it to 0, which keeps these layers as they are"
+        yield (f"{weight} is that of a loss beside next tokens' ({', '.join(NEXT_TOKEN)}), but stage={run.stage}; set it to 0, which keeps these "
+               "layers as they are")
     if run.lora.rank:
         yield f"{weight}: with lora.rank({run.lora.rank}) nothing but adapters learns, and these layers have none; set it to 0, which keeps them as they are"
     if mtp.num_layers >= run.train.seq_len:

@@ -111,8 +111,9 @@ def flops_per_token(model: Model, seq_len: int, causal: bool = False) -> int:
     """FLOPs of forward and backward (3x forward) per token of a sequence of seq_len tokens, by Megatron-LM's formula.
 
     A product of [m, n] and [n, k] counts 2mnk. Counted: query, key, value and output projections, both attention products,
-    (gated) MLPs, top_k routed and all shared experts, logits over the padded vocabulary, and the same of layers that predict further tokens. The attention products are counted
-    in full, as in the paper (arXiv 2104.04473, section 5.1, without its recomputation) and in Megatron-LM until 2024;
+    (gated) MLPs, top_k routed and all shared experts, logits over the padded vocabulary, and the same of layers that predict further
+    tokens (of a model whose mtp.loss_weight is not 0). The attention products are counted in full, as in the paper (arXiv
+    2104.04473, section 5.1, without its recomputation) and in Megatron-LM until 2024;
     causal=True counts the half that the mask leaves, as `num_floating_point_operations` in newer Megatron-LM does.
     A sliding window is not subtracted in either, nor are document boundaries.
     """

@@ -80,7 +80,7 @@ def sections(args) -> dict:
         from engine.hf.convert import run_of
         from engine.hf.load import open_hf
 
-        raw = run_of(*open_hf(args.model), args.model, "unused").model_dump()
+        raw = run_of(*open_hf(args.model, drop_mtp=True), args.model, "unused").model_dump()
     else:
         raw = OmegaConf.to_container(OmegaConf.load(args.checkpoint / "config.yaml"))
     data = {"train": ["unused"], "tokenizer": args.tokenizer or raw["data"]["tokenizer"]}

@@ -197,8 +197,7 @@ def _hf_names(model: Model, lora: Lora) -> dict[str, str]:
     """Engine name -> PEFT name of every adapter tensor, in model order."""
     kinds = KINDS if lora.dora else {kind: KINDS[kind] for kind in ("A", "B")}
     names = {}
-    trunk = model.model_copy(update={"mtp": type(model.mtp)()})  # layers for further tokens take no adapters
-    for pair in FAMILIES[model.family].pairs(trunk):
+    for pair in FAMILIES[model.family].pairs(model):
         layer = pair.engine.removesuffix(".weight")
         parts = adapters.parts_of(layer.rpartition(".")[2], model)
         if layer != pair.engine:

@@ -145,10 +145,8 @@ def _is_new(written: RunConfig, wanted: RunConfig):
     """Which parameters may be absent, as a test of their names: a head, adapters or layers for further tokens that the checkpoint's model did not have."""
     new_head = written.model.head != wanted.model.head
     new_adapters = wanted.lora.rank and not written.lora.rank
-    first_new = written.model.mtp.num_layers
-    further = tuple(f"{mtp.PREFIX}layers.{i}." for i in range(first_new, wanted.model.mtp.num_layers))
-    return lambda name: ((new_head and "value_head." in name) or (new_adapters and adapters.MARK in name)
-                         or bool(further) and name.startswith(further))
+    further = tuple(f"{mtp.PREFIX}layers.{i}." for i in range(written.model.mtp.num_layers, wanted.model.mtp.num_layers))
+    return lambda name: (new_head and "value_head." in name) or (new_adapters and adapters.MARK in name) or name.startswith(further)
 
 
 def read_position(folder: str | Path) -> Position:
@@ -323,10 +321,10 @@ class Tensors(Mapping):
         key, index = self.places[name]
         return tuple(self.metadata.state_dict_metadata[key].size[len(index):])
 
-    def without(self, prefix: str) -> "Tensors":
-        """The same but for parameters whose names begin so."""
+    def without_mtp(self) -> "Tensors":
+        """The same but for layers that predict further tokens."""
         rest = copy.copy(self)
-        rest.places = {name: place for name, place in self.places.items() if not name.startswith(prefix)}
+        rest.places = {name: place for name, place in self.places.items() if not name.startswith(mtp.PREFIX)}
         return rest
 
     def dtype(self, name: str) -> torch.dtype:

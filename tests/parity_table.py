@@ -136,7 +136,7 @@ CASES = [
     case("latent-moe-mtp", 2, cp=2),
     case("latent-moe-mtp", 2, ep=2, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
     case("tied-mtp", 2, tp=2, **SP, recompute="full"),
-    case("tied-mtp", 4, pp=2, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    case("tied-mtp", 4, pp=2, pp_layers=[3, 1], zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
     case("moe", 4, ep=2, pp=2, vpp=2),
     case("moe", 4, ep=4, zero1=True),
     case("moe", 4, tp=2, **SP, etp=1, ep=2, pp=2),

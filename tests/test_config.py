@@ -278,6 +278,7 @@ LEGAL = [
     (["train.rampup={start: 4, increment: 4, samples: 100}"], 4), (["data.split='9,1,0'", "train.eval_samples=8"], None),
     (["data.reset_at_eod=true", "data.eod_id=999"], None), (["data.read_on=first_rank", "data.buffer=shared", "data.prefetch=true"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true", "parallel.zero1=true"], None),
     (["model.position=learned", "model.max_position=64"], None), (["model.position=none", "model.head_dim=9"], None),
+    (["model.mtp={num_layers: 1, loss_weight: 0}", "stage=dpo"], None), (["model.mtp={num_layers: 1, loss_weight: 0}", "lora.rank=4"], None),
 ]
 
 

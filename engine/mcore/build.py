@@ -102,7 +102,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
-        pipeline_model_parallel_layout=_chunks(p.pp_layers),
+        pipeline_model_parallel_layout=_chunks(p.pp_layers, model.mtp.num_layers if learns_further(model) else 0),
         context_parallel_size=p.cp,
         cp_comm_type="all_gather" if model.sliding_window else "p2p",  # te's ring has no sliding window; torch always gathers
         expert_model_parallel_size=p.ep,
@@ -139,12 +139,14 @@ def _sigmoid_gate(alpha: float, x):
     return x * torch.sigmoid(alpha * x)
 
 
-def _chunks(pp_layers: list[int]) -> list[list[str]] | None:
+def _chunks(pp_layers: list[int], num_further: int) -> list[list[str]] | None:
     """megatron's layout of a pipeline whose chunks are not alike."""
     if not pp_layers:
         return None
     layout = [["decoder"] * num for num in pp_layers]
-    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]] if len(layout) > 1 else [["embedding", *layout[0], "loss"]]
+    layout[0].insert(0, "embedding")
+    layout[-1] += ["mtp"] * num_further + ["loss"]
+    return layout
 
 
 def _leave(tensor):

@@ -17,7 +17,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     kept apart by the fields they need.
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
-              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope,
+              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope, _mtp,
               _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
@@ -297,6 +297,31 @@ def _local_rope(run):
         yield f"model.rope_local_theta with rope_scaling.kind={kind}: its factor of cos and sin would reach all layers; set rope_local_theta=0, or another kind"
 
 
+NEXT_TOKEN = (*TEXT, "sft")  # the stages whose loss is that of next tokens
+
+
+def _mtp(run):
+    model, mtp = run.model, run.model.mtp
+    if not mtp.num_layers:
+        return
+    said = f"model.mtp.num_layers({mtp.num_layers})"
+    if run.stage == "reward":
+        yield f"{said}: stage=reward has one number per token and no further tokens; set it to 0, and a checkpoint's layers for them stay behind"
+        return
+    if model.position == "learned":
+        yield f"{said}: learned positions are not kept beside these layers; set model.position=rope, or num_layers=0"
+    if not mtp.loss_weight:
+        return
+    weight = f"model.mtp.loss_weight({mtp.loss_weight:g})"
+    if run.stage in STAGES and run.stage not in NEXT_TOKEN:
+        yield (f"{weight} is that of a loss beside next tokens' ({', '.join(NEXT_TOKEN)}), but stage={run.stage}; set it to 0, which keeps these "
+               "layers as they are")
+    if run.lora.rank:
+        yield f"{weight}: with lora.rank({run.lora.rank}) nothing but adapters learns, and these layers have none; set it to 0, which keeps them as they are"
+    if mtp.num_layers >= run.train.seq_len:
+        yield f"{said} leaves no token of train.seq_len({run.train.seq_len}) to predict; lower it"
+
+
 def _torch_only(run):
     parts = torch_only.reasons(run.model)
     for name in parts if run.train.backend == "te" else ():
@@ -358,6 +383,7 @@ def _fp8_sizes(run):
         "model.ffn_hidden_size / tp": model.ffn_hidden_size // p.tp,
         "expert width / etp": model.moe_ffn_hidden_size // p.expert_tp if model.moe.num_experts else 0,
         "model.moe.shared_expert_ffn_hidden_size / tp": model.moe.shared_expert_ffn_hidden_size // p.tp,
+        "hidden_size / tp": model.hidden_size // p.tp if model.mtp.num_layers else 0,
         "tokens of a micro-batch per rank": train.seq_len * train.micro_batch // (p.cp * (p.tp if p.sequence_parallel else 1)),
     }
     wrong = [f"{name}({size})" for name, size in sizes.items() if size % multiple]

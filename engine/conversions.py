@@ -23,7 +23,7 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     """HF_DIR -> the checkpoint `draft`; returns the verdict of the comparison."""
     from engine.hf import FAMILIES
     from engine.hf.convert import run_of
-    from engine.hf.load import mtp_prefixes, open_hf
+    from engine.hf.load import open_hf
     from engine.hf.shards import Ahead
 
     hf, tensors = open_hf(args.source, args.drop_mtp, args.allow_pickle, check_hashes=not args.no_hashes)
@@ -35,7 +35,7 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     with Ahead(tensors, names) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
         kept = ((name, tensor) for name, tensor in family.from_hf(run.model, ahead) if name not in adapters)  # an adapter may bring a head of its own
         checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n))
-    return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, mtp_prefixes(hf))
+    return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter)
 
 
 def to_hf(args: argparse.Namespace, draft: Path) -> str:
@@ -46,6 +46,9 @@ def to_hf(args: argparse.Namespace, draft: Path) -> str:
 
     checkpoint = engine_checkpoints()
     run, tensors = checkpoint.read_config(args.source), checkpoint.read_tensors(args.source)
+    if args.drop_mtp:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"mtp": type(run.model.mtp)()})})
+        tensors = tensors.without_mtp()
     dtype = args.dtype or run.train.precision
     if run.lora.rank:
         adapted, (run, tensors) = (run, tensors), merge(run, tensors)
@@ -222,9 +225,9 @@ def progress(what: str, total_bytes: int | None):
     return Progress(what, total_bytes)
 
 
-def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path | None = None, without: tuple[str, ...] = ()) -> str:
+def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path | None = None) -> str:
     """The engine's logits and greedy tokens against those of transformers on `folder`, with PEFT's adapter in the folder `adapter` if there
-    is one. Prints a table and returns a sentence; raises HFError above the tolerance. without: beginnings of names in the folder that neither loads."""
+    is one. Prints a table and returns a sentence; raises HFError above the tolerance."""
     if args.no_verify:
         return NOT_PROVED
     from engine.hf.convert import in_fp32
@@ -233,7 +236,7 @@ def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path 
 
     rows = questions(run.model, run.data.tokenizer.removeprefix("hf:"))
     # One after the other, so that memory holds one of the two.
-    theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False), without), rows)
+    theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False)), rows)
     ours = answers(single_rank_network(in_fp32(run), tensors), rows)
     verdict = Verdict(ours, theirs, args.tolerance)
     sentence = verdict.check()

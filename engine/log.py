@@ -250,6 +250,7 @@ def console_line(interval: Interval, record: dict, run: RunConfig) -> str:
         f"learning rate: {record['lr']:.6E}",
         f"global batch size: {record.get('global_batch', run.train.global_batch):5d}",
         f"{loss_name(run.stage)}: {interval.loss:.6E}",
+        *([f"mtp loss: {record['mtp_loss']:.6E}"] if "mtp_loss" in record else []),
         *(f"{name.replace('_', ' ')}: {value:.6E}" for name, value in flatten(record.get("moe", {})).items()),
         f"loss scale: {record.get('loss_scale', 1.0):.1f}",
         f"grad norm: {record['grad_norm']:.3f}",

@@ -63,8 +63,9 @@ def num_parameters(model: Model, seq_len: int = 0) -> Parameters:
     embeddings = model.padded_vocab_size * h * (1 if model.tie_embeddings else 2)
     if model.position == "learned":
         embeddings += (model.max_position or seq_len) * h
-    total = active = embeddings + _norm(model, h)
-    for is_moe in model.moe_layers:
+    mtp = model.mtp.num_layers
+    total = active = embeddings + _norm(model, h) + mtp * (2 * h * h + 3 * _norm(model, h))
+    for is_moe in model.moe_layers + mtp * model.moe_layers[-1:]:
         shared = _attention(model) + (4 if model.norm_place == "both" else 2) * _norm(model, h)
         if not is_moe:
             shared += _mlp(model, model.ffn_hidden_size)
@@ -110,8 +111,9 @@ def flops_per_token(model: Model, seq_len: int, causal: bool = False) -> int:
     """FLOPs of forward and backward (3x forward) per token of a sequence of seq_len tokens, by Megatron-LM's formula.
 
     A product of [m, n] and [n, k] counts 2mnk. Counted: query, key, value and output projections, both attention products,
-    (gated) MLPs, top_k routed and all shared experts, logits over the padded vocabulary. The attention products are counted
-    in full, as in the paper (arXiv 2104.04473, section 5.1, without its recomputation) and in Megatron-LM until 2024;
+    (gated) MLPs, top_k routed and all shared experts, logits over the padded vocabulary, and the same of layers that predict further
+    tokens (of a model whose mtp.loss_weight is not 0). The attention products are counted in full, as in the paper (arXiv
+    2104.04473, section 5.1, without its recomputation) and in Megatron-LM until 2024;
     causal=True counts the half that the mask leaves, as `num_floating_point_operations` in newer Megatron-LM does.
     A sliding window is not subtracted in either, nor are document boundaries.
     """
@@ -119,8 +121,9 @@ def flops_per_token(model: Model, seq_len: int, causal: bool = False) -> int:
     attention = _projections(model) + both * seq_len // (2 if causal else 1)      # multiply-adds per token
     matrices = 3 if model.gated else 2
     routed = model.moe.top_k * model.moe_ffn_hidden_size + model.moe.shared_expert_ffn_hidden_size
-    layers = sum(attention + matrices * h * (routed if is_moe else model.ffn_hidden_size) for is_moe in model.moe_layers)
-    return 3 * 2 * (layers + h * model.padded_vocab_size)
+    mtp = model.mtp.num_layers if model.mtp.loss_weight else 0      # each a layer, a projection of [2h] to [h] and logits of its own
+    layers = sum(attention + matrices * h * (routed if is_moe else model.ffn_hidden_size) for is_moe in model.moe_layers + mtp * model.moe_layers[-1:])
+    return 3 * 2 * (layers + mtp * 2 * h * h + (1 + mtp) * h * model.padded_vocab_size)
 
 
 def step_flops(model: Model, seq_len: int, num_samples: int, causal: bool = False) -> int:

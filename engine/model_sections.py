@@ -67,6 +67,13 @@ class Mla(Section):
     """Dims of a value."""
 
 
+class Mtp(Section):
+    num_layers: int = Field(0, ge=0)
+    """Layers behind the last one, each of which predicts one token further on, of the last layer's kind; 0 means none."""
+    loss_weight: float = Field(0.3, ge=0)
+    """Weight of their loss (DeepSeek-V3: 0.3, later 0.1); 0 keeps these layers as they are: not computed, not changed, saved."""
+
+
 class Model(Section):
     family: str
     """A file of engine/models."""
@@ -152,6 +159,8 @@ class Model(Section):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, sec. 2.1)."""
     moe: Moe = Moe()
     """Mixture of experts."""
+    mtp: Mtp = Mtp()
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, sec. 2.2)."""
 
     @property
     def kv_heads(self) -> int:

@@ -115,7 +115,7 @@ def _network(run, args):
     if not args.is_hf:
         return Trainer(run, Scoring("tokens"), place).frozen()
     model = ParallelModel(run, place, Scoring("tokens"), "policy", Role(train=False))
-    fill(model, dict(FAMILIES[run.model.family].from_hf(run.model, open_hf(args.model)[1])))
+    fill(model, dict(FAMILIES[run.model.family].from_hf(run.model, open_hf(args.model, drop_mtp=True)[1])))
     return model
 
 

@@ -32,8 +32,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
     from_hf.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there is no safetensors file (tensors alone)")
     from_hf.add_argument("--no-hashes", action="store_true", help="do not read HF_DIR's files once more to check them against its hashes.json")
-    from_hf.add_argument("--drop-mtp", action="store_true",
-                         help="leave out modules that predict further tokens (DeepSeek-V3), which the engine does not train")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
     to_hf.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write; must not exist")
@@ -60,6 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_megatron.add_argument("source", metavar="MEGATRON_DIR", type=Path, help="its folder with latest_checkpointed_iteration.txt, or one iter_ folder")
     from_megatron.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
     from_megatron.add_argument("--config", metavar="YAML", type=Path, required=True, help="a run's configuration whose model section is this model")
+    for command in (from_hf, to_hf):
+        command.add_argument("--drop-mtp", action="store_true", help="leave out modules that predict further tokens (DeepSeek-V3)")
     for command in (from_hf, to_hf, to_peft, upcycle):
         command.add_argument("--tolerance", type=float, default=1e-4,
                              help="largest difference of logits, as a share of the largest logit (default 1e-4)")

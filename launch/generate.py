@@ -81,7 +81,7 @@ def sections(args) -> dict:
         from engine.hf.convert import run_of
         from engine.hf.load import open_hf
 
-        raw = run_of(*open_hf(args.model), args.model, "unused").model_dump()
+        raw = run_of(*open_hf(args.model, drop_mtp=True), args.model, "unused").model_dump()
     else:
         raw = written_config(args.checkpoint)
     data = {"train": ["unused"], "tokenizer": args.tokenizer or raw["data"]["tokenizer"]}

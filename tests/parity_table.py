@@ -23,6 +23,8 @@ MOE = {**DENSE, "family": "mixtral", "moe": dict(num_experts=4, top_k=2, balance
 GPT2 = dict(family="gpt2", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB, max_position=SEQ)
 LATENT = dict(family="deepseek_v3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=VOCAB,
               mla=dict(q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12))
+LATENT_MOE = dict(num_experts=8, top_k=3, ffn_hidden_size=48, shared_expert_ffn_hidden_size=32, first_dense_layers=1, num_groups=4, group_top_k=2,
+                  scaling_factor=2.5)
 GEMMA = dict(family="gemma3", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=VOCAB,
              sliding_window=24, sliding_window_freq=2, rope_local_theta=100.0, query_pre_attn_scalar=5, attention_softcap=2.0, logits_softcap=3.0,
              init_std=0.2)  # what is normalised behind a sublayer is then not so small that its rounding becomes large
@@ -43,8 +45,9 @@ MODELS = {
     "gemma": GEMMA,
     "moe-sinks": GPT_OSS,
     "latent": LATENT,
-    "latent-moe": {**LATENT, "moe": dict(num_experts=8, top_k=3, ffn_hidden_size=48, shared_expert_ffn_hidden_size=32, first_dense_layers=1,
-                                         num_groups=4, group_top_k=2, scaling_factor=2.5)},
+    "latent-moe": {**LATENT, "moe": LATENT_MOE},
+    "latent-moe-mtp": {**LATENT, "moe": LATENT_MOE, "mtp": dict(num_layers=2)},
+    "tied-mtp": {**DENSE, "tie_embeddings": True, "mtp": dict(num_layers=1, loss_weight=1.0)},
     "moe-both": {**MOE, "norm_place": "both", "moe": {**MOE["moe"], "dense_layers": [2]}},
     "moe-mixed": {**MOE, "moe": {**MOE["moe"], "first_dense_layers": 1, "ffn_hidden_size": 48}},
 }
@@ -128,6 +131,12 @@ CASES = [
     case("moe-sinks", 2, tp=2, **SP, etp=1, ep=2),
     case("latent", 2, tp=2),
     case("latent-moe", 2, tp=2, **SP, etp=1, ep=2),
+    case("latent-moe-mtp", 2, tp=2, **SP, etp=1, ep=2),
+    case("latent-moe-mtp", 2, pp=2, vpp=2),
+    case("latent-moe-mtp", 2, cp=2),
+    case("latent-moe-mtp", 2, ep=2, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    case("tied-mtp", 2, tp=2, **SP, recompute="full"),
+    case("tied-mtp", 4, pp=2, pp_layers=[3, 1], zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
     case("moe", 4, ep=2, pp=2, vpp=2),
     case("moe", 4, ep=4, zero1=True),
     case("moe", 4, tp=2, **SP, etp=1, ep=2, pp=2),
@@ -189,7 +198,7 @@ def batches(run, dp_rank: int, dp: int, step: int) -> list[dict]:
 
 
 def train(model: str, layout: dict, extra: dict, world_size: int, sections: dict | None = None):
-    """Runs on a rank: (losses, gradient norms, this rank's shards of the weights after STEPS steps)."""
+    """Runs on a rank: (losses, that of further tokens among them, gradient norms, this rank's shards of the weights after STEPS steps)."""
     from engine.mcore import checkpoint, topology
     from engine.mcore.run import ParallelModel
 
@@ -200,7 +209,7 @@ def train(model: str, layout: dict, extra: dict, world_size: int, sections: dict
         network.pull.remember(network.chunks)
     losses, norms = [], []
     for step in range(STEPS):
-        losses.append(network.forward_backward(batches(run, place.dp_rank, place.dp, step)).loss)
+        losses += network.forward_backward(batches(run, place.dp_rank, place.dp, step)).means.values()
         norms.append(network.step(lr=1e-3, number=step + 1))
     network.gather_weights()
     shards = [(key, shape, offset, values.numpy()) for key, shape, offset, values in checkpoint.local_shards(network)]
@@ -279,7 +288,8 @@ def main() -> int:
 HEADER = f"""# Parity: every layout equals one rank
 
 Largest relative difference from one rank over {STEPS} AdamW steps (fp32, {BATCH} samples of {SEQ} tokens per step, document masks, ragged
-loss mask, gradient accumulation). Weights: |difference| / |tensor| (L2) of the worst tensor, after the last step. AdamW's
+loss mask, gradient accumulation). Loss: that of further tokens too, where there is one (mtp). Weights: |difference| / |tensor| (L2) of the worst
+tensor, after the last step. AdamW's
 epsilon is 1e-5 here: where a gradient is rounding noise (a key bias, whose true gradient is 0) a tiny one would turn its sign into a full step.
 Written by `make parity`; `tests/test_parity.py` asserts every row.
 

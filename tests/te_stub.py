@@ -310,7 +310,7 @@ def main() -> None:
     zero1 = {"parallel": {"zero1": True}, "train": {"precision": "bf16"}}
     low = {**zero1, "optim": {"precision_aware": True}}
     found = {name: {backend: train(network(name, backend), 0, STEPS, documents=name != "tied") for backend in ("torch", "te")}
-             for name in ("dense", "tied", "window", "post", "gpt2", "moe-mixed", "moe-both")}
+             for name in ("dense", "tied", "tied-mtp", "window", "post", "gpt2", "moe-mixed", "moe-both")}
     found["formats"] = sorted(set(DotProductAttention.calls))
     found["layers"] = layer_classes(network("moe-mixed", "te"))
     zero1, low = ({**sections, "train": {**sections["train"], "backend": "te"}} for sections in (zero1, low))

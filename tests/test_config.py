@@ -121,6 +121,15 @@ REFUSALS = [
     (["model.mla.kv_lora_rank=8", "model.qk_norm=true"], None,
      "model.qk_norm has no place in latent attention (model.mla.kv_lora_rank=8), which has heads of its own; leave it out"),
     (["model.mla={kv_lora_rank: 8, qk_rope_head_dim: 3}"], None, "RoPE rotates pairs, but model.mla.qk_rope_head_dim(3) is odd; change it"),
+    (["model.mtp.num_layers=1", "stage=reward"], None, "model.mtp.num_layers(1): stage=reward has one number per token and no further tokens; set it "
+     "to 0, and a checkpoint's layers for them stay behind"),
+    (["model.mtp.num_layers=1", "model.position=learned"], None, "model.mtp.num_layers(1): learned positions are not kept beside these layers; set "
+     "model.position=rope, or num_layers=0"),
+    (["model.mtp.num_layers=1", "stage=dpo"], None, "model.mtp.loss_weight(0.3) is that of a loss beside next tokens' (pretrain, continued, "
+     "long_context, anneal, sft), but stage=dpo; set it to 0, which keeps these layers as they are"),
+    (["model.mtp.num_layers=1", "lora.rank=4"], None, "model.mtp.loss_weight(0.3): with lora.rank(4) nothing but adapters learns, and these layers "
+     "have none; set it to 0, which keeps them as they are"),
+    (["model.mtp.num_layers=64"], None, "model.mtp.num_layers(64) leaves no token of train.seq_len(64) to predict; lower it"),
     (["model.rope_local_theta=100"], None, "model.rope_local_theta(100) is the base period of layers with a sliding window, but sliding_window is 0 "
      "and position=rope; set it to 0"),
     (["model.rope_local_theta=100", "model.sliding_window=8", "model.rope_scaling={kind: yarn, original_max_position: 64}"], None,
@@ -269,6 +278,7 @@ LEGAL = [
     (["train.rampup={start: 4, increment: 4, samples: 100}"], 4), (["data.split='9,1,0'", "train.eval_samples=8"], None),
     (["data.reset_at_eod=true", "data.eod_id=999"], None), (["data.read_on=first_rank", "data.buffer=shared", "data.prefetch=true"], None), (["train.fp8.recipe=delayed", "train.fp8.params=true", "parallel.zero1=true"], None),
     (["model.position=learned", "model.max_position=64"], None), (["model.position=none", "model.head_dim=9"], None),
+    (["model.mtp={num_layers: 1, loss_weight: 0}", "stage=dpo"], None), (["model.mtp={num_layers: 1, loss_weight: 0}", "lora.rank=4"], None),
 ]
 
 

@@ -32,7 +32,9 @@ PUBLISHED = [
     ("qwen3", "0.6b", 596_049_920), ("qwen3", "8b", 8_190_735_360), ("qwen3_moe", "30b_a3b", 30_532_122_624),
     ("qwen3_moe", "235b_a22b", 235_093_634_560), ("phi3", "mini_4k", 3_821_079_552), ("phi3", "phi4", 14_659_507_200),
     ("olmo2", "1b", 1_484_916_736), ("olmo2", "7b", 7_298_617_344),
-    ("deepseek_v2", "16b_lite", 15_706_484_224), ("deepseek_v2", "236b", 235_741_434_880), ("deepseek_v3", "671b", 671_026_404_352),
+    ("deepseek_v2", "16b_lite", 15_706_484_224), ("deepseek_v2", "236b", 235_741_434_880), ("deepseek_v3", "671b", 682_636_472_320),
+    # of which 671.03e9 are the main model's; the published folder has two copies more, and scales: 685e9
+   
     ("gemma2", "2b", 2_614_341_888), ("gemma2", "9b", 9_241_705_984), ("gemma2", "27b", 27_227_128_320),
     ("gemma3", "270m", 268_098_176), ("gemma3", "1b", 999_885_952), ("gpt_oss", "20b", 20_914_757_184), ("gpt_oss", "120b", 116_829_156_672),
     ("gpt2", "small", 124_439_808), ("gpt2", "xl", 1_557_611_200),
@@ -87,6 +89,20 @@ HF_MODELS = {
 def test_parameters_of_built_models(name):
     (family, fields), ours = HF_MODELS[name]
     assert num_parameters(ours).total == sum(p.numel() for p in hf(family, **fields).parameters())
+
+
+def test_parameters_and_flops_of_modules_for_further_tokens():
+    from transformers.modeling_layers import MtpModel
+
+    main = hf("DeepseekV3", num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=24, first_k_dense_replace=1, n_group=1,
+              topk_group=1, num_experts_per_tok=2, **LATENT, tie_word_embeddings=False, num_mtp_layers=2)
+    modules = MtpModel(main, 2)
+    moe = dict(num_experts=4, top_k=2, ffn_hidden_size=24, shared_expert_ffn_hidden_size=24, first_dense_layers=1)
+    ours = tiny(mla=LATENT, moe=moe, mtp=dict(num_layers=2))
+    assert num_parameters(ours).total == sum(p.numel() for p in {*main.parameters(), *modules.parameters()})
+    plain, deeper = (flops_per_token(tiny(num_layers=n, moe=moe), 16) for n in (3, 5))
+    assert flops_per_token(tiny(moe=moe, mtp=dict(num_layers=2)), 16) == deeper + 2 * 6 * (2 * 32 * 32 + 32 * 100)
+    assert flops_per_token(tiny(moe=moe, mtp=dict(num_layers=2, loss_weight=0)), 16) == plain
 
 
 def test_parameters_count_padding_positions_and_layernorm():

@@ -38,7 +38,7 @@ def largest_difference(ours, theirs) -> float:
     return max(abs(a - b) / abs(b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True))
 
 
-@pytest.mark.parametrize("model", ["dense", "tied", "window", "post", "gpt2", "moe-mixed", "moe-both"])
+@pytest.mark.parametrize("model", ["dense", "tied", "tied-mtp", "window", "post", "gpt2", "moe-mixed", "moe-both"])
 def test_te_equals_torch_from_the_same_seed(runs, model):
     """Losses and gradient norms of four AdamW steps; initial weights are drawn by name, so they too must be the same."""
     assert largest_difference(runs[model]["te"], runs[model]["torch"]) < 1e-6

@@ -85,10 +85,10 @@ def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
 # --- shared with DeepSeek-V3 ---
 
 
-def inexpressible(model: Model) -> dict[str, bool]:
-    """What neither architecture has, as problems for `refuse`."""
+def inexpressible(model: Model, has_mtp: bool = False) -> dict[str, bool]:
+    """What neither architecture has, as problems for `refuse`. has_mtp: layers for further tokens?"""
     moe = model.moe
-    return llama.inexpressible(model, is_deepseek=True) | llama.windows_differ(model) | {
+    return llama.inexpressible(model, is_deepseek=True, has_mtp=has_mtp) | llama.windows_differ(model) | {
         "model.mla.kv_lora_rank=0 (no latent attention)": not model.is_latent,
         "model.moe.num_experts=0": moe.num_experts == 0,
         f"model.moe.dense_layers={moe.dense_layers}": bool(moe.dense_layers),
@@ -151,6 +151,11 @@ def common_fields(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
 def trunk(model: Model, router: llama.Part) -> list[Pair]:
     """All tensors, a layer's router being `router(model, engine prefix, HF prefix)`."""
     return llama.trunk(model, llama.mlp, partial(_experts, router), _attention)
+
+
+def sparse_layer(model: Model, router: llama.Part, engine: str, hf: str) -> list[Pair]:
+    """One layer with experts."""
+    return llama.layer(model, engine, hf, partial(_experts, router), _attention)
 
 
 def router(model: Model, engine: str, hf: str) -> list[Pair]:

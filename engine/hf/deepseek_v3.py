@@ -2,8 +2,9 @@
 
 As in deepseek_v2.py. The bias (e_score_correction_bias) is the engine's aux-free expert bias: it chooses experts, weighs none, and moves with
 their load while the model trains. A model balanced by a loss is written with a bias of zero, which computes the same.
-The module that predicts a second token (num_nextn_predict_layers) is no part of the engine's model: a folder that holds one is converted
-without it when asked to (launch/convert.py --drop-mtp), and exports have none.
+Modules that predict further tokens (num_nextn_predict_layers) are layers behind the last one, model.layers.61 in the published folder, each with
+a copy of the embedding and of the output matrix: the engine has those once, so copies that differ are refused, and exports have them again.
+launch/convert.py leaves the modules out when asked to (--drop-mtp). What they compute was compared with transformers' MtpModel.
 Left out, and refused: weights that are not renormalised, router weights without a sigmoid, rope_interleave=false, FP8 folders.
 """
 
@@ -11,12 +12,14 @@ from typing import Any, Mapping
 
 from engine.config import Model
 from engine.hf import deepseek_v2, llama, names
-from engine.hf.fields import named, need, refuse, to_model
+from engine.hf.fields import count, head_of, named, need, refuse, to_model
 from engine.hf.names import Pair, Shape
 
 ARCHITECTURE, MODEL_TYPE = "DeepseekV3ForCausalLM", "deepseek_v3"
 EMBEDDING = llama.EMBEDDING
 IN_FP32 = ("e_score_correction_bias",)  # transformers computes with it in fp32 too
+
+MODULES = "num_nextn_predict_layers"  # transformers takes 1 where config.json is silent; what tensors a folder has decides then (load.py)
 
 # What transformers takes where config.json is silent.
 DEFAULTS = dict(max_position_embeddings=4096, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
@@ -32,7 +35,8 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
     """
     moe = model.moe
     per_group = moe.num_experts // max(moe.num_groups, 1)
-    refuse(deepseek_v2.inexpressible(model) | {
+    refuse(deepseek_v2.inexpressible(model, has_mtp=True) | {
+        f"model.mtp.num_layers={model.mtp.num_layers} behind a last layer that is dense": model.mtp.num_layers > 0 and not model.moe_layers[-1],
         f"model.moe.score={moe.score}": moe.score != "sigmoid",
         f"model.moe.balance={moe.balance}": moe.balance == "sinkhorn",
         f"model.moe.group_score_top={moe.group_score_top}": moe.num_groups > 1 and moe.group_score_top != 2,
@@ -45,7 +49,7 @@ def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, A
         "topk_method": "noaux_tc",
         "n_group": moe.num_groups or 1,
         "topk_group": moe.group_top_k if moe.num_groups else 1,
-        "num_nextn_predict_layers": 0,
+        MODULES: model.mtp.num_layers,
     }
 
 
@@ -57,15 +61,24 @@ def model_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "norm_topk_prob=false is not supported": hf.get("norm_topk_prob", True) is False,
     }, "config.json")
     groups, group_top_k = need({"n_group": 8, "topk_group": 4, **hf}, "n_group", "topk_group")
-    fields = deepseek_v2.common_fields(hf, DEFAULTS)
+    fields, num_modules = deepseek_v2.common_fields(hf, DEFAULTS), num_further(hf)
+    refuse({f"{MODULES}={num_modules} behind a last layer that is dense (first_k_dense_replace) is not supported":
+            num_modules > 0 and fields["num_layers"] <= fields["moe"]["first_dense_layers"]}, "config.json")
     fields["moe"] |= {"score": "sigmoid", "balance": "aux_free", "num_groups": groups if groups > 1 else 0,
                       "group_top_k": group_top_k if groups > 1 else 0, "group_score_top": 2}
-    return fields | {"family": "deepseek_v3"}
+    return fields | {"family": "deepseek_v3", "mtp": {"num_layers": num_modules}}
 
 
 def pairs(model: Model) -> list[Pair]:
-    """The tensors of DeepseekV3ForCausalLM, in model order."""
-    return deepseek_v2.trunk(model, _router)
+    """The tensors of DeepseekV3ForCausalLM, in model order, and those of modules for further tokens."""
+    found, modules = deepseek_v2.trunk(model, _router), [f"model.layers.{model.num_layers + k}." for k in range(model.mtp.num_layers)]
+    shared = {"embedding.word_embeddings.weight": ["embed_tokens.weight"], "output_layer.weight": ["shared_head.head.weight"]}
+    if model.tie_embeddings:
+        shared = {"embedding.word_embeddings.weight": sum(shared.values(), [])}
+    if modules:
+        found = [names.copied(pair, [module + name for module in modules for name in shared[pair.engine]]) if pair.engine in shared else pair
+                 for pair in found]
+    return found + [pair for k, module in enumerate(modules) for pair in _module(model, f"mtp.layers.{k}.", module)]
 
 
 to_hf, from_hf = names.ways(pairs)
@@ -77,12 +90,30 @@ def hf_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
     return names.hf_shapes(pairs(to_model(model_fields(hf))))
 
 
+def num_further(hf: Mapping[str, Any]) -> int:
+    """How many modules for further tokens config.json speaks of; a classifier has none."""
+    return 0 if head_of(hf) == "scalar" else count(hf, MODULES, 1)
+
+
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """How the names of tensors begin that belong to modules for further tokens: layers after the last one."""
-    if not hf.get("num_nextn_predict_layers"):
-        return ()
-    layers, num_modules = need(hf, "num_hidden_layers", "num_nextn_predict_layers")
-    return tuple(f"model.layers.{layers + i}." for i in range(num_modules))
+    return tuple(f"model.layers.{need(hf, 'num_hidden_layers')[0] + k}." for k in range(num_further(hf)))
+
+
+def without_mtp(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model without those modules."""
+    return {**hf, MODULES: 0}
+
+
+def _module(model: Model, engine: str, hf: str) -> list[Pair]:
+    h = model.hidden_size
+    return [
+        names.same(engine + "enorm.weight", hf + "enorm.weight", h),
+        names.same(engine + "hnorm.weight", hf + "hnorm.weight", h),
+        names.same(engine + "eh_proj.weight", hf + "eh_proj.weight", h, 2 * h),  # both read [embedding, hidden state]
+        *deepseek_v2.sparse_layer(model, _router, engine + "transformer_layer.", hf),
+        names.same(engine + "final_layernorm.weight", hf + "shared_head.norm.weight", h),
+    ]
 
 
 def _router(model: Model, engine: str, hf: str) -> list[Pair]:

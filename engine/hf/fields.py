@@ -30,13 +30,15 @@ _RARE = dict(norm_place="pre", norm_zero_centered=False, scale_embeddings=False,
              query_pre_attn_scalar=0.0, attention_sinks=False, rope_local_theta=0.0)
 
 
-def differing(model: Model, is_deepseek: bool = False, **fixed) -> dict[str, bool]:
+def differing(model: Model, is_deepseek: bool = False, has_mtp: bool = False, **fixed) -> dict[str, bool]:
     """Fields of `model` that an architecture has another value of, as problems for `refuse`. fixed: those of its own, None for any value;
-    what few architectures have is off where it is not named. is_deepseek: does it have latent attention and grouped experts?"""
+    what few architectures have is off where it is not named. is_deepseek: does it have latent attention and grouped experts? has_mtp:
+    layers for further tokens?"""
     wanted = {name: value for name, value in {**_RARE, **fixed}.items() if value is not None}
     return {
         **{f"model.{name}={_spelled(getattr(model, name))}": getattr(model, name) != value for name, value in wanted.items()},
         f"model.mla.kv_lora_rank={model.mla.kv_lora_rank}": model.is_latent and not is_deepseek,
+        f"model.mtp.num_layers={model.mtp.num_layers}": model.mtp.num_layers > 0 and not has_mtp,
         f"model.moe.num_groups={model.moe.num_groups}": model.moe.num_experts > 0 and model.moe.num_groups > 0 and not is_deepseek,
     }
 

@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping
 from engine.config import Model
 from engine.hf import names
 from engine.hf.fields import differing, dtype_keys, head_of, named, need, refuse, rope_fields, rope_keys, to_model
-from engine.hf.names import Pair, Shape
+from engine.hf.names import Pair, Shape, same
 
 ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 EMBEDDING = "model.embed_tokens.weight"
@@ -159,17 +159,20 @@ Part = Callable[[Model, str, str], list[Pair]]
 
 def trunk(model: Model, mlp: Part, experts: Part | None = None, attention: Part | None = None, norms: Mapping[str, str] = PRE_NORMS) -> list[Pair]:
     """A Llama with parts of its own, each a function of (model, engine prefix, HF prefix). norms: engine name -> HF name within a layer."""
-    h, attention = model.hidden_size, attention or llama_attention
     found = [names.vocabulary("embedding.word_embeddings.weight", EMBEDDING, model)]
-    for i in range(model.num_layers):
-        engine, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
-        found += [
-            *(names.same(f"{engine}{ours}.weight", f"{hf}{theirs}.weight", h) for ours, theirs in norms.items()),
-            *attention(model, engine + "self_attention.", hf + "self_attn."),
-            *(experts if model.moe_layers[i] else mlp)(model, engine + "mlp.", hf),
-        ]
-    found.append(names.same("decoder.final_layernorm.weight", "model.norm.weight", h))
+    for i, is_moe in enumerate(model.moe_layers):
+        found += layer(model, f"decoder.layers.{i}.", f"model.layers.{i}.", experts if is_moe else mlp, attention or llama_attention, norms)
+    found.append(names.same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size))
     return found + names.head(model)
+
+
+def layer(model: Model, engine: str, hf: str, mlp: Part, attention: Part, norms: Mapping[str, str] = PRE_NORMS) -> list[Pair]:
+    """One layer of trunk; mlp: its MLP or its experts."""
+    return [
+        *(same(f"{engine}{ours}.weight", f"{hf}{theirs}.weight", model.hidden_size) for ours, theirs in norms.items()),
+        *attention(model, engine + "self_attention.", hf + "self_attn."),
+        *mlp(model, engine + "mlp.", hf),
+    ]
 
 
 def llama_attention(model: Model, engine: str, hf: str, has_output_bias: bool = True) -> list[Pair]:

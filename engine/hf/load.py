@@ -75,7 +75,8 @@ class Tensors(Mapping[str, Tensor]):
 def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = False, check_hashes: bool = True) -> tuple[dict[str, Any], Tensors]:
     """(config.json, name -> tensor). Raises HFError for a folder that is incomplete, contradicts itself or was changed since it was written.
 
-    drop_mtp: leave out modules that predict further tokens, which are refused otherwise. allow_pickle: read pytorch_model.bin where there is no
+    drop_mtp: leave out modules that predict further tokens; config.json then says that there are none, as it does for a folder that speaks of some
+    and has none, which is what transformers saves. allow_pickle: read pytorch_model.bin where there is no
     safetensors file. check_hashes: False trusts the bytes, and checks sizes alone.
     """
     folder = Path(folder)
@@ -92,7 +93,9 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
             raise HFError(f"{folder} holds {name} twice, as {places[name][1]} and as {stored}")
         if name:
             places[name] = (path, stored)
-    _without_mtp(folder, hf, places, drop_mtp)
+    prefixes = mtp_prefixes(hf)
+    if prefixes and (drop_mtp or not any(name.startswith(prefixes) for name in places)):
+        hf, places = family.without_mtp(hf), {name: place for name, place in places.items() if not name.startswith(prefixes)}
     tensors, shapes = Tensors(places), family.hf_shapes(hf)
     _check(folder, tensors, shapes)
     # A tied model may carry its output matrix all the same; then it has to be the embedding.
@@ -106,16 +109,6 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """How the names of tensors begin that belong to modules for further tokens; none in most families."""
     return getattr(family_of(hf), "mtp_prefixes", lambda _: ())(hf)
-
-
-def _without_mtp(folder: Path, hf: Mapping[str, Any], places: dict, drop_mtp: bool) -> None:
-    """Take the tensors of modules for further tokens out of `places`, or refuse them."""
-    found = [name for name in places if name.startswith(mtp_prefixes(hf))]
-    if found and not drop_mtp:
-        raise HFError(f"{folder} holds modules that predict further tokens (num_nextn_predict_layers={hf['num_nextn_predict_layers']}: "
-                      f"{some(found)}), which the engine does not train; convert the model without them: --drop-mtp")
-    for name in found:
-        del places[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:

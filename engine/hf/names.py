@@ -82,6 +82,19 @@ def slice_of(hf: str, index: int, count: int) -> str:
     return f"{hf}[{index}/{count}]"
 
 
+def copied(pair: Pair, names: Sequence[str]) -> Pair:
+    """`pair`, of a single HF tensor, where HF keeps the same numbers under further names too."""
+    (name, shape), = pair.hf.items()
+
+    def join(first: Tensor, *others: Tensor) -> Tensor:
+        differing = [other for other, t in zip(names, others) if not t.is_meta and not torch.equal(t, first)]
+        if differing:
+            raise HFError(f"{some(differing)} should hold the numbers of {name}, which the engine keeps once, but differs")
+        return pair.join(first)
+
+    return Pair(pair.engine, {other: shape for other in (name, *names)}, join, lambda t: (1 + len(names)) * tuple(pair.split(t)), pair.is_optional)
+
+
 def must_be_zero(hf: str, *shape: int) -> Pair:
     """An HF tensor that the engine's model does without."""
     return Pair("", {hf: shape}, lambda t: t, lambda t: (t,))

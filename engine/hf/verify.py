@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf.fields import HFError, head_of
-from engine.hf.load import read_json
+from engine.hf.load import mtp_prefixes, read_json
 
 TOLERANCE = 1e-4
 
@@ -122,19 +122,19 @@ class Verdict:
         return str(self)
 
 
-def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False, without: tuple[str, ...] = ()) -> Network:
+def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False) -> Network:
     """The model in `folder`, with PEFT's adapter of the folder `adapter` if there is one, by transformers; a classifier gives its number at each
     token, [b, s, 1].
 
-
-    without: beginnings of names that the folder may hold although transformers does not load them.
+    Tensors of modules for further tokens may lie in the folder; transformers does not load them with the model.
     No code from the folder is run. Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     except ImportError as error:
         raise HFError(f"comparing logits needs transformers ({error}); install it: pip install transformers") from None
-    is_classifier = head_of(read_json(Path(folder) / "config.json")) == "scalar"
+    config = read_json(Path(folder) / "config.json")
+    is_classifier, further = head_of(config) == "scalar", mtp_prefixes(config)
     loader = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=None if allow_pickle else True, local_files_only=True,
@@ -142,7 +142,7 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
     except Exception as error:  # whatever a config.json makes transformers raise: it has many kinds
         raise HFError(f"transformers does not load {folder} ({type(error).__name__}: {error}); mend the folder, or leave the comparison out: "
                       "--no-verify") from error
-    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not (without and name.startswith(without))]
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(further)]
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise HFError(f"transformers does not load {folder} cleanly: {wrong}")
@@ -159,9 +159,9 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
 
 
 @torch.no_grad()
-def transformers_logits(folder: str | Path, tokens: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+def transformers_logits(folder: str | Path, tokens: Tensor) -> Tensor:
     """Logits [b, s, vocab] in fp32 of the model in `folder` for tokens [b, s], by transformers (values [b, s, 1] of a classifier)."""
-    return transformers_network(folder, without=without)(tokens)
+    return transformers_network(folder)(tokens)
 
 
 def agreement(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE, who: str = "engine and transformers") -> str:

@@ -24,9 +24,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
 from engine import adapters
-from engine.mcore import lora, rotary, te_problem, tune
+from engine.mcore import lora, mtp, rotary, te_problem, tune
 from engine.mcore.group_limit import limit_groups
 from engine.mcore.linear_ce import OutputLayer
 from engine.mcore.quantized import plain_parameters
@@ -65,6 +66,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
     init = torch.nn.init.zeros_ if train.fp8.params else _leave
     return TransformerConfig(
         num_layers=model.num_layers,
+        mtp_num_layers=model.mtp.num_layers if learns_further(model) else None,  # has megatron keep an embedding on the last pp rank
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -82,7 +84,8 @@ def transformer_config(run, device: str) -> TransformerConfig:
         softmax_scale=softmax_scale(model),
         layernorm_zero_centered_gamma=model.norm_zero_centered,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
-        window_attn_skip_freq=None if not model.sliding_window or all(model.window_layers) else [int(flag) for flag in model.window_layers],
+        window_attn_skip_freq=None if not model.sliding_window or all(model.window_layers) else [
+            int(flag) for flag in model.window_layers + model.mtp.num_layers * model.window_layers[-1:]],
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         # init_weights fills the parameters; megatron still has to run its own init, which marks them as split over tp.
@@ -99,7 +102,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
-        pipeline_model_parallel_layout=_chunks(p.pp_layers),
+        pipeline_model_parallel_layout=_chunks(p.pp_layers, model.mtp.num_layers if learns_further(model) else 0),
         context_parallel_size=p.cp,
         cp_comm_type="all_gather" if model.sliding_window else "p2p",  # te's ring has no sliding window; torch always gathers
         expert_model_parallel_size=p.ep,
@@ -126,17 +129,24 @@ def transformer_config(run, device: str) -> TransformerConfig:
     )
 
 
+def learns_further(model) -> bool:
+    """Are there layers for further tokens, with a loss of their own?"""
+    return model.mtp.num_layers > 0 and model.mtp.loss_weight > 0
+
+
 def _sigmoid_gate(alpha: float, x):
     """What gpt-oss's gate g becomes: min(g, limit) * sigmoid(alpha min(g, limit)); times clamp(u, -limit, limit) + 1, which megatron does."""
     return x * torch.sigmoid(alpha * x)
 
 
-def _chunks(pp_layers: list[int]) -> list[list[str]] | None:
+def _chunks(pp_layers: list[int], num_further: int) -> list[list[str]] | None:
     """megatron's layout of a pipeline whose chunks are not alike."""
     if not pp_layers:
         return None
     layout = [["decoder"] * num for num in pp_layers]
-    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]] if len(layout) > 1 else [["embedding", *layout[0], "loss"]]
+    layout[0].insert(0, "embedding")
+    layout[-1] += ["mtp"] * num_further + ["loss"]
+    return layout
 
 
 def _leave(tensor):
@@ -191,14 +201,20 @@ class Network(GPTModel):
     head tokens: log p(label), computed chunk by chunk (linear_ce.py) without the padding of the vocabulary, at the places `asked` alone
     (None: all), of the distribution at `temperature`; with its entropy, [b, s, 2], while `wants_entropy`; 1 or 0 while `is_greedy`: is the label
     the most probable token? head scalar: the value of each token.
+    Given `further` (mtp.targets of the micro-batch, and its own `asked`), it leaves their log p(label) in `further_output` meanwhile.
     """
 
     is_greedy = wants_entropy = False
     temperature = 1.0
-    asked = None  # of the micro-batch at hand
+    asked = further = further_output = None  # of the micro-batch at hand
 
-    def __init__(self, *args, model, **kwargs):
-        super().__init__(*args, share_embeddings_and_output_weights=model.tie_embeddings and model.head == "tokens", **kwargs)
+    def __init__(self, *args, model, mtp_block_spec, **kwargs):
+        is_tied, learns = model.tie_embeddings and model.head == "tokens", learns_further(model)
+        super().__init__(*args, share_embeddings_and_output_weights=is_tied, mtp_block_spec=mtp_block_spec if learns else None, **kwargs)
+        if mtp_block_spec and not learns:  # they are kept, and need no embedding here
+            self.mtp = MultiTokenPredictionBlock(config=self.config, spec=mtp_block_spec, vp_stage=self.vp_stage)
+        if mtp_block_spec and learns and is_tied and not self.pre_process:
+            self.output_layer.weight = None  # what is shared is the embedding beside it; megatron means that, and makes two
         self.real_vocab_size, self.head = model.vocab_size, model.head
         if not self.post_process:
             return
@@ -216,14 +232,25 @@ class Network(GPTModel):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         if self.head == "scalar":
             return self.value_head(hidden_states)
-        if labels is None:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is None:
+            logits, _ = self.output_layer(hidden_states, weight=tied, runtime_gather_output=kwargs.get("runtime_gather_output"))
+            return logits.transpose(0, 1).contiguous()
+        if self.further:
+            self.further_output = self._further(hidden_states, tied, **kwargs)
         is_capped = self.output_layer.softcap > 0
         if self.temperature != 1.0 and not is_capped:
             hidden_states = hidden_states / self.temperature  # the output layer has no bias: so are the logits
         return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy,
                                  asked=self.asked, with_entropy=self.wants_entropy, temperature=self.temperature if is_capped else 1.0)
+
+    def _further(self, hidden_states, tied, *, position_ids, attention_mask, rotary_pos_emb, packed_seq_params, **_):
+        """Hidden states [s, b, h] of the main model -> log p of further_labels, fp32 [D * b, s]."""
+        states = self.mtp(input_ids=self.further["further_tokens"], position_ids=position_ids, hidden_states=hidden_states,
+                          attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, embedding=self.embedding)
+        _, *further = states.chunk(1 + len(self.mtp.layers))
+        return self.output_layer(torch.cat(further, 1), weight=tied, labels=self.further["further_labels"], num_real=self.real_vocab_size,
+                                 asked=self.further.get("further_asked"))
 
     def sharded_state_dict(self, *args, **kwargs):
         has_output, self.post_process = self.post_process, self.post_process and self.head == "tokens"
@@ -250,18 +277,21 @@ class ValueHead(MegatronModule):
 def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | None = None, with_weights: bool = True) -> GPTModel:
     """One bare model chunk of this pp rank, with layout-free initial weights (or whatever memory holds), in the run's precision."""
     if backend_of(run, device) == "te":
-        from engine.mcore.spec_te import block_spec
+        from engine.mcore.spec_te import BACKEND, block_spec
     else:
-        from engine.mcore.spec_torch import block_spec
+        from engine.mcore.spec_torch import BACKEND, block_spec
     model = run.model
+    is_last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    layers = block_spec(config, model, vp_stage)
     chunk = Network(
         config=config,
-        transformer_layer_spec=block_spec(config, model, vp_stage),
+        transformer_layer_spec=layers,
+        mtp_block_spec=mtp.block_spec(layers.layer_specs[-1], model.mtp.num_layers, BACKEND) if is_last and model.mtp.num_layers else None,
         vocab_size=model.padded_vocab_size,
         model=model,
         max_sequence_length=model.max_position or run.train.seq_len,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=is_last,
         position_embedding_type={"learned": "learned_absolute"}.get(model.position, model.position),
         rotary_percent=model.rope_percent,
         rotary_base=model.rope_theta,
@@ -269,7 +299,7 @@ def build_chunk(run, config: TransformerConfig, device: str, vp_stage: int | Non
     )
     rotary.install(chunk, model)
     limit_groups(chunk, model)
-    if model.scale_embeddings and chunk.pre_process:
+    if model.scale_embeddings and hasattr(chunk, "embedding"):
         chunk.embedding.register_forward_hook(_times_root_of_width)
     _mark_experts(chunk, run.parallel)
     lora.adapt(chunk, run)
@@ -306,7 +336,7 @@ def init_weights(chunk: GPTModel, run) -> None:
     Residual outputs (attention projection, second MLP matrix) get std / sqrt(2 * layers), as in GPT-2 and megatron.
     """
     with plain_parameters(chunk):
-        state = chunk.sharded_state_dict(prefix="")
+        state = chunk.sharded_state_dict(metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)})
         apply_factories(state)
         for shard in sharded_tensors(state):
             name, data = shard.key, shard.data
@@ -314,7 +344,7 @@ def init_weights(chunk: GPTModel, run) -> None:
                 _draw(shard, functools.partial(lora.fill, name), run.run.seed)
             elif name.endswith("bias"):
                 data.zero_()
-            elif "layernorm" in name or "layer_norm" in name:
+            elif "layernorm" in name or "layer_norm" in name or name.endswith(("enorm.weight", "hnorm.weight")):
                 data.fill_(0.0 if run.model.norm_zero_centered else 1.0)
             else:
                 residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
@@ -349,11 +379,15 @@ def _draw(shard: ShardedTensor, fill, seed: int) -> None:
 
 
 def for_role(run, train: bool, head: str, adapters_of=None):
-    """The run as one role of a stage sees it: its head, and where it does not learn the adapters that its weights come with.
+    """The run as one role of a stage sees it: its head, no layers for further tokens where it does not learn or has no tokens, and where it does
+    not learn the adapters that its weights come with.
 
     adapters_of: the Lora section of the checkpoint that a frozen role loads; None where there is none.
     """
-    update = {} if run.model.head == head else {"model": run.model.model_copy(update={"head": head})}
+    model = {} if run.model.head == head else {"head": head}
+    if run.model.mtp.num_layers and (not train or head == "scalar"):
+        model["mtp"] = type(run.model.mtp)()
+    update = {"model": run.model.model_copy(update=model)} if model else {}
     if not train and run.lora.rank:
         update["train"] = run.train.model_copy(update={"backend": "torch"})  # the backend of the adapted role: they are compared
     if not train:
@@ -405,7 +439,7 @@ def _finalize(chunks, num_tokens=None, **kwargs):
 def compile_layers(chunk) -> None:
     """torch.compile each layer's forward in place; parameter names stay as they are."""
     module = chunk.module if isinstance(chunk, Float16Module) else chunk
-    for layer in module.decoder.layers:
+    for layer in mtp.transformer_layers(module):
         layer.forward = torch.compile(layer.forward)
 
 

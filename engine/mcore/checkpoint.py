@@ -11,6 +11,7 @@ Left out: how a folder is written, kept and chosen (saving.py).
 """
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,14 +21,14 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import adapters, hashes, rope
 from engine.config import RunConfig, dump_config
 from engine.foreign import inside, written_config
-from engine.mcore import lora, optim_state, safe_load, saving, stream, vocabulary
+from engine.mcore import lora, mtp, optim_state, safe_load, saving, stream, vocabulary
 from engine.mcore.build import bare
 from engine.mcore.saving import CheckpointError
 from engine.mcore.saving_plan import Part
@@ -96,6 +97,7 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
     written_by = read_config(folder)
     with_optimizer = optimizer and model.optimizer is not None
     _refuse_other_model(folder, written_by, model.run, with_optimizer)
+    _refuse_other_depth(folder, written_by.model.mtp.num_layers, model, with_optimizer)
     state, stored = _model_state(model), _stored_keys(folder)
     absent = _pop_absent(state, stored, _is_new(written_by, model.run))
     if with_optimizer:
@@ -127,10 +129,11 @@ def load(model, folder: str | Path, optimizer: bool = True) -> Position:
 
 
 def _is_new(written: RunConfig, wanted: RunConfig):
-    """Which parameters may be absent, as a test of their names: a head or adapters that the checkpoint's model did not have."""
+    """Which parameters may be absent, as a test of their names: a head, adapters or layers for further tokens that the checkpoint's model did not have."""
     new_head = written.model.head != wanted.model.head
     new_adapters = wanted.lora.rank and not written.lora.rank
-    return lambda name: (new_head and "value_head." in name) or (new_adapters and adapters.MARK in name)
+    further = tuple(f"{mtp.PREFIX}layers.{i}." for i in range(written.model.mtp.num_layers, wanted.model.mtp.num_layers))
+    return lambda name: (new_head and "value_head." in name) or (new_adapters and adapters.MARK in name) or name.startswith(further)
 
 
 def read_position(folder: str | Path) -> Position:
@@ -189,7 +192,7 @@ def _pop_absent(state: dict, stored: set[str], is_new) -> dict[str, dict]:
     for part, entries in state.items():
         objects = {name: None for name, value in entries.items() if isinstance(value, ShardedObject) and value.unique_key not in stored}
         tensors = {name: value.data for name, value in entries.items()
-                   if isinstance(value, ShardedTensor) and value.key not in stored and is_new(name)}
+                   if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and value.key not in stored and is_new(name)}
         absent[part] = objects | tensors
         for name in absent[part]:
             del entries[name]
@@ -264,6 +267,17 @@ def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, wit
                               "set checkpoint.load_optimizer=false")
 
 
+def _refuse_other_depth(folder: Path, num_stored: int, model, with_optimizer: bool) -> None:
+    """A network that learns drops no layers for further tokens unless its head has no use for any; new ones start from initial weights."""
+    wanted = model.run.model.mtp.num_layers
+    if num_stored > wanted and model.role.train and model.run.model.head == "tokens":
+        raise CheckpointError(f"{folder} has {num_stored} layers for further tokens, but model.mtp.num_layers is {wanted}; set it to {num_stored} (with "
+                              "model.mtp.loss_weight=0 they are kept as they are), or convert the model without them (docs/convert.md, --drop-mtp)")
+    if num_stored < wanted and with_optimizer:
+        raise CheckpointError(f"{folder} has {num_stored} layers for further tokens and this run has model.mtp.num_layers={wanted}, so the optimizer's "
+                              "state does not fit; set checkpoint.load_optimizer=false")
+
+
 # --- whole tensors, one process ---------------------------------------------------------------------------------------
 
 
@@ -298,6 +312,12 @@ class Tensors(Mapping):
         key, index = self.places[name]
         return tuple(self.metadata.state_dict_metadata[key].size[len(index):])
 
+    def without_mtp(self) -> "Tensors":
+        """The same but for layers that predict further tokens."""
+        rest = copy.copy(self)
+        rest.places = {name: place for name, place in self.places.items() if not name.startswith(mtp.PREFIX)}
+        return rest
+
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
         return self.metadata.state_dict_metadata[self.places[name][0]].properties.dtype
@@ -323,7 +343,7 @@ def _places(model, stored) -> Iterator[tuple[str, tuple[str, tuple]]]:
         name = unfused(key)
         head, dot, tail = name.partition("decoder.layers.")
         if not dot:
-            yield name, (key, ())
+            yield from _experts_of(name, key, (), model.moe.num_experts)
         elif tail.split(".")[0].isdigit():
             layer, rest = tail.split(".", 1)
             yield from _experts_of(f"decoder.layers.{layer}.{rest}", key, (), model.moe.num_experts)

@@ -31,6 +31,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from engine import adapters
+from engine.mcore import mtp
 
 
 def adapt(network, run) -> None:
@@ -39,7 +40,7 @@ def adapt(network, run) -> None:
         return
     for name, parameter in network.named_parameters():
         parameter.requires_grad = name.startswith("value_head.")
-    for name, module in list(network.named_modules()):
+    for name, module in [(name, module) for name, module in network.named_modules() if not name.startswith(mtp.PREFIX)]:
         linear = name.rpartition(".")[2]
         if set(adapters.parts_of(linear, run.model)) & set(run.lora.targets):
             module.__class__ = AdaptedRow if isinstance(module, RowParallelLinear) else AdaptedColumn

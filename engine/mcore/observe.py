@@ -10,19 +10,22 @@ from megatron.core.transformer.moe.moe_utils import (
     reduce_aux_losses_tracker_across_ranks,
 )
 
+from engine.mcore import mtp
 from engine.mcore.build import bare
 
 
 def moe_losses(model) -> dict[str, float]:
     """Each auxiliary loss of the last global batch, without its coefficient: mean over MoE layers and micro-batches.
     """
-    names = _loss_names(model.run.model.moe)
+    names, is_moe = _loss_names(model.run.model.moe), model.run.model.moe_layers
+    further = model.config.mtp_num_layers or 0  # layers for further tokens, of the last one's kind
+    num_layers = model.config.num_layers + further
     tracker = get_moe_layer_wise_logging_tracker()
     for name in names:  # pp ranks without an MoE layer have no entry, but take part in the reduction
-        tracker.setdefault(name, {"values": torch.zeros(model.config.num_layers, device=model.topology.device), "reduce_group": None,
+        tracker.setdefault(name, {"values": torch.zeros(num_layers, device=model.topology.device), "reduce_group": None,
                                   "avg_group": None, "reduce_group_has_dp": False})
     reduce_aux_losses_tracker_across_ranks(names)
-    divisor = sum(model.run.model.moe_layers) * model.num_microbatches
+    divisor = sum(is_moe + further * is_moe[-1:]) * model.num_microbatches
     losses = {name: float(tracker[name]["values"].sum()) / divisor for name in names}
     return losses
 
@@ -39,7 +42,7 @@ def layer_norms(model) -> dict[str, dict[str, float]]:
     {"weight": {"layer_00": .., "embedding": .., "output": ..}, "grad": {...}}
     """
     model.gather_weights()
-    names = [f"layer_{i:02d}" for i in range(model.config.num_layers)] + ["embedding", "output"]
+    names = [f"layer_{i:02d}" for i in range(model.config.num_layers)] + ["embedding", "output", *(["mtp"] if model.run.model.mtp.num_layers else [])]
     squares = torch.zeros(2, 2, len(names), dtype=torch.float64, device=model.topology.device)  # [weight/grad, dense/expert, place]
     for chunk in model.chunks:
         for name, parameter in _own_parameters(bare(chunk)):
@@ -67,4 +70,4 @@ def _place(name: str, chunk) -> str:
         return "embedding"
     if name.startswith("decoder.layers."):
         return f"layer_{chunk.decoder.layers[int(name.split('.')[2])].layer_number - 1:02d}"
-    return "output"  # the final norm and the output matrix
+    return "mtp" if name.startswith(mtp.PREFIX) else "output"  # the final norm and the output matrix

@@ -11,6 +11,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer import attention as megatron_attention
 
 from engine import rope
+from engine.mcore import mtp
 from engine.rope import BY_LENGTH, attention_factor, inverse_frequencies
 
 # megatron's own derives a yarn factor from fields that exist for latent attention only.
@@ -23,7 +24,7 @@ def install(chunk, model) -> None:
         return
     chunk.rotary_pos_emb = Rotary(model, chunk.rotary_pos_emb.cp_group)
     if model.rope_local_theta:
-        for layer in chunk.decoder.layers:
+        for layer in mtp.transformer_layers(chunk):
             layer.self_attention.register_forward_pre_hook(_own_angles, with_kwargs=True)
     chunk.config.rope_attention_factor = attention_factor(model.rope_scaling)
     if chunk.config.rope_attention_factor != 1.0:

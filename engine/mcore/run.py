@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from engine.mcore import build, generate, masks, shared, tune
+from engine.mcore import build, generate, masks, mtp, shared, tune
 from engine.sampling import Generated, Sampling
 from engine.stage import Role
 
@@ -111,6 +111,7 @@ class ParallelModel:
         self._forward_backward = get_forward_backward_func()
         self._metric_names: dict[bool, list[str]] = {}
         self._aux_divisor = 1.0
+        self.learns_further = build.learns_further(run.model)
         if role.train:
             self.config.grad_scale_func = self._scale_loss
 
@@ -299,11 +300,16 @@ class ParallelModel:
     def _run(self, micro_batches: list[dict], forward_only: bool) -> Result:
         for chunk in self.chunks:
             build.bare(chunk).wants_entropy = self.role.wants_entropy
-        count = self._global_count(micro_batches)
+        count = self._global_sum(self.stage.count(self.name, batch) for batch in micro_batches)
+        further_count = None
+        if self.learns_further:
+            micro_batches = [{**batch, **mtp.targets(batch, self.run.model.mtp.num_layers)} for batch in micro_batches]
+            further_count = self._global_sum(batch["further_mask"].sum() for batch in micro_batches)
         batches = self._fed(micro_batches)
         self._aux_divisor = self._tokens_for_aux(batches)
         self.num_microbatches = len(batches)
-        return self._reduce(self._pass(batches, partial(self._loss, count=count), forward_only), count, forward_only)
+        on_output = partial(self._loss, count=count, further_count=further_count)
+        return self._reduce(self._pass(batches, on_output, forward_only), count, forward_only)
 
     def _pass(self, batches: list[dict], on_output, forward_only: bool) -> list:
         """Drive megatron's schedule over the micro-batches; what on_output(batch, output) reports, on the last pp rank."""
@@ -349,13 +355,17 @@ class ParallelModel:
         Computed on the host, so that a device is not waited for."""
         if self.run.model.head != "tokens":
             return {}
-        t = self.topology
-        mask = masks.shard({"tokens": batch["tokens"], "mask": batch["loss_mask"]}, batch["tokens"].size(1), t.cp_rank, t.cp)["mask"]
-        asked = mask.t().reshape(-1).nonzero().view(-1)
-        return {"asked": asked} if len(asked) < 0.9 * mask.numel() else {}
+        t, found = self.topology, {}
+        for name, mask in (("asked", "loss_mask"), ("further_asked", "further_mask")):
+            if mask in batch:
+                own = masks.shard({"tokens": batch["tokens"], mask: batch[mask]}, batch["tokens"].size(1), t.cp_rank, t.cp)[mask]
+                asked = own.t().reshape(-1).nonzero().view(-1)
+                found |= {name: asked} if len(asked) < 0.9 * own.numel() else {}
+        return found
 
-    def _global_count(self, batches) -> torch.Tensor:
-        count = sum(self.stage.count(self.name, batch) for batch in batches).float().reshape(1)
+    def _global_sum(self, counts) -> torch.Tensor:
+        """[1], of what this replica's micro-batches count, over all replicas."""
+        count = sum(counts).float().reshape(1)
         count = count.to(self.topology.device)
         dist.all_reduce(count, group=mpu.get_data_parallel_group())
         return count
@@ -375,9 +385,11 @@ class ParallelModel:
         full = next(data_iterator)
         seq_len = full["tokens"].size(1)
         t = self.topology
-        batch = masks.shard({name: full[name] for name in ("tokens", "labels", "position_ids")}, seq_len, t.cp_rank, t.cp)
+        names = ("tokens", "labels", "position_ids", "further_tokens", "further_labels")
+        batch = masks.shard({name: full[name] for name in names if name in full}, seq_len, t.cp_rank, t.cp)
         network = build.bare(chunk)
         network.asked = full.get("asked")
+        network.further = {**batch, "further_asked": full.get("further_asked")} if "further_tokens" in batch else None
         if "of" in full and network.position_embedding_type == "rope":
             network.rotary_pos_emb.positions = batch["position_ids"]
         tune.add_noise(network, full, self.run, t)
@@ -389,6 +401,8 @@ class ParallelModel:
         )
         if "of" in full and network.position_embedding_type == "rope":
             network.rotary_pos_emb.positions = None
+        if network.further and network.post_process:
+            full, network.further_output = {**full, "further_output": network.further_output}, None
         return output, partial(on_output, full)
 
     def _attention(self, full, seq_len) -> dict:
@@ -400,11 +414,17 @@ class ParallelModel:
         return dict(attention_mask=masks.document_mask(full.get("segment_ids"), seq_len, t.cp_rank, t.cp, full["tokens"].device,
                                                         has_trunk="of" in full))
 
-    def _loss(self, batch, output, count):
+    def _loss(self, batch, output, count, further_count):
         """Output [b, s / cp] -> what megatron's schedule wants: (loss to differentiate, a count it ignores, what to report)."""
         loss = self.stage.loss(self.name, self._whole(output, batch), batch.get("of", batch))
         report = {"loss": (loss.sum.detach().clone(), torch.zeros_like(count)), **loss.metrics}  # clone: the schedule divides in place
-        return loss.sum * (self._aux_divisor / count[0]), torch.zeros([], dtype=torch.int, device=output.device), report
+        total = loss.sum * (self._aux_divisor / count[0])
+        if further_count is not None:
+            mask = batch["further_mask"]
+            nll = -(self._whole(batch["further_output"], batch) * mask).sum()
+            total = total + nll * (self._aux_divisor * self.run.model.mtp.loss_weight / further_count[0].clamp(min=1))
+            report["mtp_loss"] = nll.detach().clone(), mask.sum()
+        return total, torch.zeros([], dtype=torch.int, device=output.device), report
 
     def _collect(self, batch, output):
         whole = self._whole(output, batch)

@@ -1,6 +1,7 @@
 """The `te` layer backend: Transformer Engine's fused layers on a GPU, FP8 included.
 
     spec = block_spec(config, model, vp_stage)     # what GPTModel takes as transformer_layer_spec
+    mtp.block_spec(layer, num_layers, BACKEND)      # and, of one of its layers, as mtp_block_spec
     check(run)                                     # what this backend cannot do, said before anything is built
 
 megatron has the specs; this file chooses them layer by layer and gives document masks in the form that Transformer Engine
@@ -10,6 +11,7 @@ Left out: document masks under context parallel (thd needs every document padded
 
 import torch
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers
@@ -22,6 +24,8 @@ from engine.mcore import norms
 # gradient_accumulation_fusion is done by Transformer Engine in its own layers. The one ColumnParallelLinear beside them would
 # ask for apex when it is built; it is build.TokenModel's output layer, which does without.
 layers._grad_accum_fusion_available = True
+
+BACKEND = TESpecProvider()
 
 _SUPPORT = {"delayed": "is_fp8_available", "tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
             "mxfp8": "is_mxfp8_available"}

@@ -1,6 +1,7 @@
 """The `torch` layer backend: megatron's transformer layer built from modules that run on any device.
 
     spec = block_spec(config, model, vp_stage)     # what GPTModel takes as transformer_layer_spec
+    mtp.block_spec(layer, num_layers, BACKEND)      # and, of one of its layers, as mtp_block_spec
 
 Megatron supplies the linear layers, the MLP, the router, the dispatcher and the layer itself; here are the parts it only has
 for CUDA: normalisation that works under sequence parallel, and attention by torch's scaled_dot_product_attention with
@@ -77,6 +78,9 @@ class TorchBackend(BackendSpecProvider):
         return SwiGLU  # built only where the configuration says so (swiglu)
 
 
+BACKEND = TorchBackend()
+
+
 def _attention_spec(config, model) -> ModuleSpec:
     core = functools.partial(Attention, softcap=model.attention_softcap, has_sinks=model.attention_sinks)
     if model.is_latent:
@@ -91,7 +95,6 @@ def _attention_spec(config, model) -> ModuleSpec:
 
 
 def _layer_spec(config, model, num_experts) -> ModuleSpec:
-    backend = TorchBackend()
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -99,7 +102,7 @@ def _layer_spec(config, model, num_experts) -> ModuleSpec:
             self_attention=_attention_spec(config, model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts,
+            mlp=get_mlp_module_spec_for_backend(backend=BACKEND, num_experts=num_experts,
                                                 use_te_activation_func=config.use_te_activation_func),
             mlp_bda=get_bias_dropout_add,
             # The te backend fuses each norm into the linear layer behind it; same names make checkpoints interchangeable.

@@ -15,16 +15,17 @@ from megatron.core.optimizer import ParamKey, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from engine.mcore import masks
+from engine.mcore import masks, mtp
 
 # --- which parameters learn -------------------------------------------------------------------------------------------
 
 
 def mark(network, run) -> None:
-    """Freeze what tune.freeze names and give every parameter its `depth`."""
+    """Freeze what tune.freeze names and what has no loss, and give every parameter its `depth`."""
     for name, parameter in network.named_parameters():
         parameter.depth = _depth(name, network)
-        if any(_is_part(name, parameter.depth, part, run.model.num_layers) for part in run.tune.freeze):
+        is_kept = name.startswith(mtp.PREFIX) and not run.model.mtp.loss_weight
+        if is_kept or any(_is_part(name, parameter.depth, part, run.model.num_layers) for part in run.tune.freeze):
             parameter.requires_grad = False
 
 
@@ -42,7 +43,7 @@ def _is_part(name: str, depth: int, part: str, num_layers: int) -> bool:
         case "embedding":
             return depth == 0
         case "output":
-            return depth > num_layers and "norm" not in name
+            return depth > num_layers and "norm" not in name and not name.startswith(mtp.PREFIX)
         case "norms":
             return "norm" in name
         case "router":

@@ -1,6 +1,6 @@
 """DeepSeek-V3: V2's latent attention and experts, routed by sigmoid scores whose bias keeps them busy (arXiv 2412.19437).
 
-The size is that of the published config.json, without its module for predicting a second token.
+The size is that of the published config.json, its module for predicting a second token included.
 """
 
 DEFAULTS = dict(norm="rmsnorm", activation="swiglu", position="rope", norm_eps=1e-6, rope_theta=10000.0,
@@ -12,5 +12,5 @@ SIZES = {
                  rope_scaling=dict(kind="yarn", factor=40.0, original_max_position=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0,
                                    mscale_all_dim=1.0),
                  moe=dict(num_experts=256, top_k=8, ffn_hidden_size=2048, shared_expert_ffn_hidden_size=2048, scaling_factor=2.5,
-                          num_groups=8, group_top_k=4)),
+                          num_groups=8, group_top_k=4), mtp=dict(num_layers=1)),
 }

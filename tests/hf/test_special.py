@@ -4,23 +4,15 @@ are left out or kept in fp32.
 Left out: logits and weights, which test_families.py proves.
 """
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from engine.config import Model
 from engine.hf import FAMILIES, read_model
 from engine.hf.export import export
 from engine.hf.fields import HFError
 from engine.hf.load import open_hf
-from engine.hf.verify import prompts, transformers_logits
 from engine.models import FAMILIES as SIZES
-
-ROOT = Path(__file__).parents[2]
 
 # config.json as published, without what says nothing about the architecture.
 YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
@@ -76,6 +68,8 @@ def test_published_configs_are_the_sizes_of_engine_models(family, size, hf):
     (V2_LITE | {"num_key_value_heads": 4}, "num_key_value_heads=4 differs from num_attention_heads=16"),
     (V3 | {"norm_topk_prob": False, "scoring_func": "softmax"}, "scoring_func='softmax'.*norm_topk_prob=false"),
     (V3 | {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+    (V3 | {"num_hidden_layers": 3}, "num_nextn_predict_layers=1 behind a last layer that is dense"),
+    (V3 | {"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers='one' is not a whole number"),
     (V3 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     (GEMMA2 | {"use_bidirectional_attention": True, "attention_bias": True}, "attention_bias=true.*use_bidirectional_attention"),
     (GEMMA2 | {"layer_types": ["full_attention", "sliding_attention"] * 23}, "no pattern of windows"),
@@ -93,7 +87,7 @@ def test_foreign_configs_are_refused(hf, message):
 
 
 @pytest.mark.parametrize("family, config, sizes", [
-    ("deepseek_v2", "DeepseekV2Config", dict(num_experts_per_tok=2)), ("deepseek_v3", "DeepseekV3Config", dict(num_key_value_heads=32)),
+    ("deepseek_v2", "DeepseekV2Config", dict(num_experts_per_tok=2)), ("deepseek_v3", "DeepseekV3Config", dict(num_key_value_heads=32, num_hidden_layers=4)),
     ("gemma2", "Gemma2Config", {}), ("gemma3", "Gemma3TextConfig", dict(num_hidden_layers=7)), ("gpt_oss", "GptOssConfig", {}),
 ], ids=["deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss"])
 def test_defaults_are_those_of_transformers(family, config, sizes):
@@ -107,7 +101,7 @@ def test_defaults_are_those_of_transformers(family, config, sizes):
 
 RARE = {"norm_place": "both", "norm_zero_centered": True, "scale_embeddings": True, "logits_softcap": 3.0, "attention_softcap": 3.0,
         "query_pre_attn_scalar": 7.0, "attention_sinks": True, "rope_local_theta": 100.0, "activation": "clamped_swiglu",
-        "mla": {"kv_lora_rank": 4}, "moe": {"num_experts": 4, "num_groups": 2, "group_top_k": 1}}
+        "mla": {"kv_lora_rank": 4}, "mtp": {"num_layers": 1}, "moe": {"num_experts": 4, "num_groups": 2, "group_top_k": 1}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,28 +139,3 @@ def test_the_bias_of_experts_keeps_fp32(tiny, tmp_path):
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert torch.equal(tensors[name], model.tensors[name]) and tensors[name].dtype == torch.float32
     assert {tensor.dtype for key, tensor in tensors.items() if key != name} == {torch.bfloat16}
-
-
-@pytest.fixture
-def with_mtp(tiny, tmp_path):
-    """A folder of DeepSeek-V3 with tensors of a module for a second token."""
-    model, folder = tiny("deepseek_v3"), tmp_path / "mtp"
-    folder.mkdir()
-    tensors = load_file(model.folder / "model.safetensors")
-    tensors |= {f"model.layers.2.{name}": torch.ones(3, 3) for name in ("eh_proj.weight", "shared_head.norm.weight")}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.hf | {"num_nextn_predict_layers": 1}))
-    return folder
-
-
-def test_a_module_for_a_second_token_is_left_out_by_choice(with_mtp, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "launch" / "convert.py")
-    convert = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(convert)
-    with pytest.raises(HFError, match="predict further tokens .num_nextn_predict_layers=1: model.layers.2.eh_proj.weight.*--drop-mtp"):
-        open_hf(with_mtp)
-    assert convert.main(["from-hf", str(with_mtp), str(tmp_path / "ckpt"), "--drop-mtp"]) == 0, capsys.readouterr().err
-    assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
-    hf, tensors = open_hf(tmp_path / "out")
-    assert hf["num_nextn_predict_layers"] == 0 and not any(name.startswith("model.layers.2.") for name in tensors)
-    assert transformers_logits(tmp_path / "out", prompts(read_model(hf))).isfinite().all()

@@ -1,0 +1,254 @@
+"""READ FIRST: the one loop of launch/supervise.py. Gather the nodes, start the ranks, watch them, judge how they ended, wait, again.
+
+    code = main(doc)
+
+What ends a launch: all ranks have left; a rank failed, here or on another node, and the others have had --grace-seconds to say what they
+saw (they cannot save without it); SIGTERM, SIGUSR1, SIGINT or SIGHUP, on which the ranks save and leave. Node 0 judges, by restarts.py.
+Left out: looking into a rank. That one hangs is found by the ranks themselves (engine/faults.py), who then leave with a failure.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine.supervise.folder import Events, Lock, UsageError, run_dir, steps_taken
+from engine.supervise.nodes import Alone, Lost, Nodes, NodesError
+from engine.supervise.ranks import Place, Ranks
+from engine.supervise.restarts import ERROR, OK, REQUEUE, USAGE, Restarts, Verdict, judge
+
+POLL_SECONDS = 0.2  # between looks at the ranks' output; their ends are events
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def main(doc: str, argv: list[str] | None = None) -> int:
+    """Supervise a run as the command line says. Returns the exit code."""
+    args = options(doc, argv)
+    try:
+        folder = run_dir(args.arguments)
+        logs = folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        events = Events(logs, args.node_rank, args.nnodes)
+        with Lock(logs, args.node_rank, events) as lock:
+            return asyncio.run(Supervisor(args, folder, events, lock).run())
+    except (UsageError, NodesError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE if isinstance(error, UsageError) else ERROR
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="supervise.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this machine (1)")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines, each with a supervisor of its own (1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="which of them this one is, from 0")
+    parser.add_argument("--master", default="", metavar="HOST:PORT", help="where node 0 listens; needed with --nnodes")
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="K", help="launches in a row without a new step that are started again (3)")
+    parser.add_argument("--requeue-here", action="store_true", help="start again after exit code 75 too, where nobody else would")
+    parser.add_argument("--output", choices=("first", "all"), default="first", help="whose stdout is shown; every rank's stderr is (first)")
+    parser.add_argument("--grace-seconds", type=float, default=5, metavar="S", help="for the other ranks to leave when one has failed (5)")
+    parser.add_argument("--stop-seconds", type=float, default=300, metavar="S", help="for the ranks to save and leave when they are told to (300)")
+    parser.add_argument("--backoff-seconds", type=float, default=1, metavar="S", help="before a restart; doubled for each launch without progress (1)")
+    parser.add_argument("--longest-backoff-seconds", type=float, default=300, metavar="S", help="where the doubling ends (300)")
+    parser.add_argument("--join-seconds", type=float, default=600, metavar="S", help="how long to wait for the other machines (600)")
+    parser.add_argument("program", metavar="PROGRAM", help="launch/pretrain.py or launch/align.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="CONFIG.yaml [key=value ...]")
+    args = parser.parse_args(argv)
+    if args.nproc_per_node < 1 or args.nnodes < 1:
+        parser.error(f"--nproc-per-node {args.nproc_per_node} and --nnodes {args.nnodes} must be at least 1")
+    if not 0 <= args.node_rank < args.nnodes:
+        parser.error(f"--node-rank {args.node_rank} is none of the {args.nnodes} nodes, which count from 0")
+    args.address = _address(parser, args.master) if args.nnodes > 1 else None
+    if not Path(args.program).is_file():
+        parser.error(f"no program at {args.program}")
+    return args
+
+
+def _address(parser: argparse.ArgumentParser, master: str) -> tuple[str, int]:
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdecimal():
+        parser.error(f"--master {master or '(not given)'} is not HOST:PORT, which --nnodes needs")
+    return host.strip("[]"), int(port)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended on one node. codes: of its ranks; told: signals that were handed to them; step: how far the run is."""
+
+    codes: list[int]
+    told: list[int]
+    step: int
+    first: str  # the first failure, for a person
+
+
+class Stopped(Exception):
+    """Somebody has asked the supervisor to end while nothing ran."""
+
+
+class Supervisor:
+    """A run on this node, from the first launch to the last."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, events: Events, lock: Lock):
+        self.args, self.folder, self.events, self.lock = args, folder, events, lock
+        self.ranks: Ranks | None = None
+        self.told: set[int] = set()
+        self.num_launches = 0
+
+    async def run(self) -> int:
+        """The loop. Returns the exit code."""
+        args = self.args
+        self.nodes = Nodes(args.node_rank, args.nnodes, args.address, args.join_seconds) if args.nnodes > 1 else Alone()
+        self.stop = self.nodes.heard["stop"]
+        self._listen()
+        try:
+            await self._unless_stopped(self.lock.take(args.stop_seconds))
+            restarts = Restarts(args.max_restarts, args.backoff_seconds, args.longest_backoff_seconds, args.requeue_here, steps_taken(self.folder))
+            while True:
+                place = await self._unless_stopped(self._meet())
+                outcome = await self._launch(place)
+                try:
+                    verdict = await self._judged(outcome, restarts)
+                except Lost:
+                    verdict = Verdict(True, ERROR, 0.0, "node 0 was lost; waiting for it")
+                self.events.write("verdict", verdict.reason, launch=self.num_launches, step=outcome.step, **asdict(verdict))
+                if not verdict.relaunch:
+                    return verdict.code
+                await self._unless_stopped(asyncio.sleep(verdict.delay))
+        except Stopped:
+            self.events.write("stopped", "stopped while no rank ran; the same command goes on from the newest checkpoint")
+            return REQUEUE
+        finally:
+            await self.nodes.close()
+
+    # --- the parts of the loop, in the order in which it calls them -----------------------------------------------------
+
+    def _listen(self) -> None:
+        """Signals become calls of this loop."""
+        loop = asyncio.get_running_loop()
+        for number in (*STOPS, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        """Hand it to the ranks. SIGINT a second time ends them at once."""
+        impatient = number == signal.SIGINT and self.stop.is_set()
+        self.events.write("signal", f"{signal.Signals(number).name}; the ranks are {'ended' if impatient else 'to save and leave'}", signal=number)
+        if number != signal.SIGUSR1 or not self.args.requeue_here:
+            self.stop.set()
+            self.nodes.call("stop")
+        if impatient and self.ranks:
+            self.ranks.signal(signal.SIGKILL)
+        else:
+            self._tell(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
+
+    def _tell(self, number: int) -> None:
+        self.told.add(number)
+        if self.ranks:
+            self.ranks.signal(number)
+
+    async def _unless_stopped(self, work):
+        """The result of `work`. Raises Stopped as soon as somebody asks the supervisor to end."""
+        work, stop = asyncio.ensure_future(work), asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                raise Stopped
+            return work.result()
+        finally:
+            for task in (work, stop):
+                task.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
+
+    async def _meet(self) -> Place:
+        """Wait for all nodes; where this one stands among them."""
+        args = self.args
+        values = await self.nodes.gather("start", {"num_local": args.nproc_per_node, "port": _free_port() if args.node_rank == 0 else None,
+                                                   "launch": self.num_launches})
+        counts = [value["num_local"] for value in values]
+        self.num_launches = max(value["launch"] for value in values) + 1
+        return Place(attempt=self.num_launches, node=args.node_rank, num_nodes=args.nnodes, first_rank=sum(counts[:args.node_rank]), num_local=args.nproc_per_node,
+                     world_size=sum(counts), address=args.address[0] if args.address else "127.0.0.1", port=values[0]["port"])
+
+    async def _launch(self, place: Place) -> Outcome:
+        """Start the ranks and watch them until none runs."""
+        self.told = set()
+        self.ranks = ranks = Ranks([sys.executable, self.args.program, *self.args.arguments], place, self.folder / "logs", self.lock.descriptor,
+                                   self.args.output == "all")
+        try:
+            await ranks.start()
+            self.lock.describe(ranks.pids)
+            self.events.write("launch", f"launch {self.num_launches}: {place.num_local} of {place.world_size} ranks started, output in {self.folder / 'logs'}",
+                              launch=self.num_launches, world_size=place.world_size, pids=ranks.pids, address=place.address, port=place.port)
+            if self.stop.is_set():  # while they were started
+                self._tell(signal.SIGTERM)
+            first = await self._watch(ranks)
+        finally:
+            self.ranks = None
+            is_clean = all(rank.code in (OK, REQUEUE) for rank in ranks.all)
+            await ranks.end(self.args.grace_seconds if is_clean else 0)
+        return Outcome([rank.code for rank in ranks.all], sorted(self.told), steps_taken(self.folder), first)
+
+    async def _watch(self, ranks: Ranks) -> str:
+        """Until no rank runs. Returns the first failure, in words."""
+        first, limit = "", Limit()
+        while ranks.running:
+            for rank in await ranks.changes(POLL_SECONDS):
+                self.events.write("exit", f"{rank} after {rank.seconds:.1f} s", launch=self.num_launches, rank=rank.number, code=rank.code, seconds=round(rank.seconds, 3))
+                if rank.code == REQUEUE:
+                    limit.within(self.args.stop_seconds, "the others were to save too")
+                elif rank.code != OK:
+                    limit.within(self.args.grace_seconds, "they cannot go on without it")
+                    self.nodes.call("failed")
+                    first = first or str(rank)
+            if self.nodes.heard["failed"].is_set():
+                limit.within(self.args.grace_seconds, "a rank of another node has failed")
+            if self.nodes.heard["lost"].is_set() or self.stop.is_set():
+                if not self.told:
+                    self._tell(signal.SIGTERM)
+                limit.within(self.args.stop_seconds, "they were to save and leave")
+            if limit.is_over() and ranks.running:
+                numbers = ", ".join(str(rank.number) for rank in ranks.running)
+                self.events.write("kill", f"rank {numbers} ended: {limit.reason}, and {limit.seconds:g} s have passed", launch=self.num_launches)
+                await ranks.kill()
+        return first
+
+    async def _judged(self, outcome: Outcome, restarts: Restarts) -> Verdict:
+        """Node 0's verdict on how the launch ended on all nodes. Raises Lost."""
+        outcomes = await self.nodes.gather("outcome", asdict(outcome))
+        verdict = asdict(self._judge(outcomes, restarts)) if self.args.node_rank == 0 else None
+        return Verdict(**(await self.nodes.gather("verdict", verdict))[0])
+
+    def _judge(self, outcomes: list[dict | None], restarts: Restarts) -> Verdict:
+        here = [outcome for outcome in outcomes if outcome]
+        codes = [code for outcome in here for code in outcome["codes"]] + [None] * (len(outcomes) - len(here))
+        code = judge(codes, {number for outcome in here for number in outcome["told"]})
+        return restarts.after(code, outcomes[0]["step"], self.stop.is_set())
+
+
+@dataclass
+class Limit:
+    """The earliest of several times by which something must have ended."""
+
+    at: float = float("inf")
+    seconds: float = 0.0
+    reason: str = ""
+
+    def within(self, seconds: float, reason: str) -> None:
+        at = asyncio.get_running_loop().time() + seconds
+        if at < self.at:
+            self.at, self.seconds, self.reason = at, seconds, reason
+
+    def is_over(self) -> bool:
+        return asyncio.get_running_loop().time() >= self.at
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as wire:
+        wire.bind(("", 0))
+        return wire.getsockname()[1]

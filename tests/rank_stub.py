@@ -2,8 +2,8 @@
 
     python tests/rank_stub.py CONFIG.yaml run.dir=DIR [fault=LAUNCH:RANK:STEP:KIND ...]
 
-KIND: kill, hang, deaf (hears no signal), stop (SIGSTOP), child (leaves a process), or an exit code. Rank 0 writes metrics.jsonl and saves
-every 5 steps into DIR/saved; a launch goes on from there. No torch, so a launch takes a tenth of a second.
+KIND: kill, hang (hears signals and does nothing), unready (dies of signals, as a rank that still imports does), stop (SIGSTOP), child (leaves a
+process), wait (goes on when told to save), or an exit code. Rank 0 writes metrics.jsonl and saves every 5 steps into DIR/saved; a launch goes on from there. No torch, so a launch takes a tenth of a second.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> int:
     while step < steps:
         step += 1
         if step in faults:
-            meet(faults[step])
+            meet(faults[step], heard)
         time.sleep(float(dict(options).get("seconds", 0.01)))
         if rank == 0:
             with open(folder / "metrics.jsonl", "a") as file:
@@ -46,20 +46,22 @@ def main() -> int:
     return 0
 
 
-def meet(kind: str) -> None:
+def meet(kind: str, heard: list[int]) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "child":
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    elif kind in ("hang", "deaf"):
-        if kind == "deaf":
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
-        time.sleep(600)
-    else:
+        subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+    elif kind.isdecimal():
         sys.exit(int(kind))
+    else:
+        if kind == "unready":
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+        print("waits", flush=True)
+        while not (heard and kind == "wait"):
+            signal.pause()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     ranks = Ranks(command, place, logs, lock.descriptor, shows_all=False)
     await ranks.start(attempt=1)
-    while ranks.running:
+    while not ranks.are_all_told:
         for rank in await ranks.changes(0.2): ...    # those that have just ended
     await ranks.end()                                # whatever is left, and all that they started
 
@@ -119,6 +119,11 @@ class Ranks:
     @property
     def running(self) -> list[Rank]:
         return [rank for rank in self.all if rank.code is None]
+
+    @property
+    def are_all_told(self) -> bool:
+        """Has `changes` told the end of every rank?"""
+        return len(self._told) == len(self.all)
 
     @property
     def pids(self) -> list[int]:

@@ -197,7 +197,7 @@ class Supervisor:
     async def _watch(self, ranks: Ranks) -> str:
         """Until no rank runs. Returns the first failure, in words."""
         first, limit = "", Limit()
-        while ranks.running:
+        while not ranks.are_all_told:
             for rank in await ranks.changes(POLL_SECONDS):
                 self.events.write("exit", f"{rank} after {rank.seconds:.1f} s", launch=self.num_launches, rank=rank.number, code=rank.code, seconds=round(rank.seconds, 3))
                 if rank.code == REQUEUE:

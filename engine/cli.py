@@ -1,5 +1,6 @@
 """What the training commands of launch/ share: read the arguments, validate, train, and turn a person's mistake into one clear message.
 
+Exit codes of a training command: 0 done (or stopped by RUN/STOP), 1 error, 2 usage or configuration, 75 saved and to be started again.
 Left out of the fast path: torch and megatron are imported only when the configuration is sound, so `--help` and every
 configuration error answer in under a second.
 """
@@ -12,9 +13,11 @@ import tempfile
 
 import psutil
 
+from engine.signals import Signals
 from engine.stages import ALIGN, STAGES
 
 OK, ERROR, USAGE = 0, 1, 2
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: a checkpoint is saved, and whoever started this should start it again
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo's words, and NCCL's
 
 
@@ -25,16 +28,19 @@ def main(doc: str, stages) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
 
-    def train(run):
-        from engine.train import train
+    with Signals() as signals:
 
-        train(run)
+        def train(run):
+            from engine.train import train
 
-    return guarded(args.config, args.overrides, train, stages)
+            return REQUEUE if train(run, signals) == "requeue" else OK
+
+        return guarded(args.config, args.overrides, train, stages)
 
 
 def guarded(config: str, overrides: list[str], act, stages=STAGES, instead: dict | None = None) -> int:
-    """act(run) for the RunConfig of a file and overrides (see load_config). Returns the exit code; mistakes are told, not raised."""
+    """act(run) for the RunConfig of a file and overrides (see load_config). Returns the exit code, which is act's where it returns one;
+    mistakes are told, not raised."""
     from engine.config import ConfigError, load_config
 
     try:
@@ -52,7 +58,7 @@ def _acted(act, run) -> int:
     from engine.mcore import topology
 
     try:
-        act(run)
+        code = act(run) or OK
     except ConfigError as error:  # what only a checkpoint or a tokenizer could tell
         return say(f"error:\n{error}", USAGE)
     except (ValueError, OSError) as error:  # what a person must mend; anything else is ours and keeps its traceback
@@ -64,7 +70,7 @@ def _acted(act, run) -> int:
     except KeyboardInterrupt:
         return say("interrupted", ERROR)
     topology.stop()
-    return OK
+    return code
 
 
 def say(message: str, code: int) -> int:

@@ -155,8 +155,8 @@ class RunLog:
         self._logger.info(text)
 
     def close(self, state: str = "done", reason: str = "") -> None:
-        """End of the run. state: done, failed or requeue. Later calls do nothing, so a `finally` may call it again."""
-        assert state in ("done", "failed", "requeue"), state
+        """End of the run. state: done, failed, requeue or stopped. Later calls do nothing, so a `finally` may call it again."""
+        assert state in ("done", "failed", "requeue", "stopped"), state
         if self._closed:
             return
         self._closed = True

@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from engine import metrics, schedule
 from engine.checks import cross_checks
 from engine.config import ConfigError
-from engine.data.loader import Loader, Prefetcher
 from engine.hf.convert import beside_checkpoint, check_expressible
 from engine.hf.fields import HFError
 from engine.data import feed as moving
@@ -31,6 +30,7 @@ from engine.data.buffers import Pool
 from engine.data.ledger import Ledger, history
 from engine.data.loader import Loader, Prefetcher, outline
 from engine.data.replica import Replica
+from engine.faults import Asked, Switches
 from engine.log import RunLog
 from engine.mcore import build, checkpoint, observe, topology
 from engine.mcore.average import Average
@@ -40,25 +40,28 @@ from engine.stage import Batch, Role
 from engine.stages import build_stage
 
 
-def train(run) -> Position:
-    """Train one stage to its end on every rank of the process group. Returns where it stopped.
+def train(run, signals=None) -> str:
+    """Train one stage to its end on every rank of the process group. Returns how it ended: done, requeue or stopped (see engine/faults.py).
 
-    Raises ValueError (ConfigError, DataError, CheckpointError, TrainingStopped among them) for what a person must mend.
+    signals: engine/signals.py's, where somebody has installed them. Raises ValueError (ConfigError, DataError, CheckpointError,
+    TrainingStopped among them) for what a person must mend.
     """
     stage = build_stage(run.stage)
     run = stage.configure(run)
     with contextlib.closing(stage):
         place = topology.start(run)
-        position = Position()
+        switches = Switches(run, signals)
         for part in stage.runs(run, Trainer(run, stage, place)):  # one, but for stages that are a ladder of runs
             log = RunLog(part, place.rank, place.world_size, place.dp)
             try:
-                position = Trainer(part, stage, place, log).train()
-                log.close("done")
+                asked = Trainer(part, stage, place, log, switches).train()
+                log.close(asked.leave or "done", asked.reason)
             except BaseException as error:
                 log.close("failed", str(error) or type(error).__name__)
                 raise
-    return position
+            if asked.leave not in ("", "done"):
+                return asked.leave
+    return "done"
 
 
 class Trainer:
@@ -66,12 +69,12 @@ class Trainer:
 
     copies = replica = None  # engine/data/feed.py's, and replica.py's where one rank reads for others
 
-    def __init__(self, run, stage, place, log=None):
-        self.run, self.stage, self.place, self.log = run, stage, place, log
+    def __init__(self, run, stage, place, log=None, switches=None):
+        self.run, self.stage, self.place, self.log, self.switches = run, stage, place, log, switches
 
-    def train(self) -> Position:
-        """The loop."""
-        run, stage, place, log = self.run, self.stage, self.place, self.log
+    def train(self) -> Asked:
+        """The loop. Returns why it ended before the last step, if it did."""
+        run, stage, place, log, switches = self.run, self.stage, self.place, self.log, self.switches
         log.note(f"{place}, {place.device}, {run.train.precision}, {build.backend_of(run, place.device)} layers")
         if run.checkpoint.also_save_hf:
             check_expressible(run)  # before the hours of training that it would come after
@@ -84,14 +87,15 @@ class Trainer:
         loader, self.validation = self._loaders()
         self.ledger = self._ledger(loader.dataset, position)
         log.resume(position.step)
-        clock = Clock(run, position)
+        clock = Clock(run)
         started = saved = position.step
         self._remember_validations(position.step)
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
+        asked = switches.ask()
         with Feed(run, loader, position, stage.draws_freely, self.copies) as feed:
-            while position.step < schedule.planned_steps(run.train) and not self.has_reached_goal:
+            while self._goes_on(position) and not asked.leave:
                 feed.step = position.step + 1
                 lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
                 drawn = stage.draw(feed, self.models)
@@ -109,23 +113,25 @@ class Trainer:
                 log.step({**record, "data_wait_s": feed.waited(), **self._read(position), **stage.report()})
                 if _due(run.train.eval_every, position.step):
                     self._validate(position)
-                if _due(run.checkpoint.save_every, position.step):
+                asked = switches.ask()
+                if _due(run.checkpoint.save_every, position.step) or asked.save:
                     saved = self._save(position)
-                if clock.is_over(position):
-                    break
+                clock.collect_garbage(position.step)
 
-        if run.train.eval_samples and self.validated != position.step:
+        asked = asked if self._goes_on(position) else Asked()
+        is_hurried = asked.leave in ("requeue", "stopped")
+        if run.train.eval_samples and self.validated != position.step and not is_hurried:
             self._validate(position)
-        if run.checkpoint.save_at_end and saved != position.step:
+        if (run.checkpoint.save_at_end or is_hurried) and saved != position.step:
             self._save(position)
-        found = stage.finish(run, self.first)
+        found = None if is_hurried else stage.finish(run, self.first)
         if found:
             log.measured(run.stage, position.step, found)
         if self.replica:
             log.note(f"data: {sum(one.num_samples_read for one in (loader, *self.validation.values()))} samples read on this rank, "
                      f"{self.replica.num_bytes_received} bytes received")
             self.replica.close()
-        return position
+        return asked
 
     # --- what stages may ask for ----------------------------------------------------------------------------------------
 
@@ -159,6 +165,9 @@ class Trainer:
         return model
 
     # --- the parts of the loop, in the order in which it calls them -----------------------------------------------------
+
+    def _goes_on(self, position: Position) -> bool:
+        return position.step < schedule.planned_steps(self.run.train) and not self.has_reached_goal
 
     def _network(self, name: str, role: Role, run=None) -> ParallelModel:
         run = run or self.run
@@ -321,6 +330,7 @@ class Trainer:
         state = {**self.stage.state(), **self.ledger.state(position.consumed_samples)}
         folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, state)
         self.log.note(f"saved {folder}")
+        self.switches.was_saved()
         if self.run.checkpoint.also_save_hf:
             self._save_hf(folder, position)
         return position.step
@@ -507,16 +517,12 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@dataclass
 class Clock:
-    """Time per step, the wall-clock and token limits, and garbage collection at a fixed beat."""
+    """Time per step, and garbage collection at a fixed beat."""
 
-    run: object
-    position: Position
-
-    def __post_init__(self):
-        self.started = self.last = time.monotonic()
-        if self.run.train.manual_gc:
+    def __init__(self, run):
+        self.last, self.beat = time.monotonic(), run.train.manual_gc
+        if self.beat:
             gc.disable()
 
     def lap(self) -> float:
@@ -525,14 +531,6 @@ class Clock:
         seconds, self.last = now - self.last, now
         return seconds
 
-    def is_over(self, position: Position) -> bool:
-        """True, on every rank alike, when train.max_minutes have passed."""
-        if self.run.train.manual_gc and position.step % self.run.train.manual_gc == 0:
+    def collect_garbage(self, step: int) -> None:
+        if _due(self.beat, step):
             gc.collect(1)
-        if not self.run.train.max_minutes:
-            return False
-        over = torch.tensor([float(time.monotonic() - self.started > 60 * self.run.train.max_minutes)])
-        if dist.get_backend() == "nccl":
-            over = over.cuda()
-        dist.broadcast(over, src=0)  # the ranks' clocks differ; rank 0 decides
-        return bool(over.item())

@@ -2,7 +2,8 @@
 
 Runs the stages that learn from plain text (stage: pretrain, continued, long_context, anneal). Every key is described in
 engine/config.py and the files named *_sections.py beside it; any key can be overridden on the command line, such as train.steps=20 parallel.tp=2.
-Where the configuration names no model, it takes the one of checkpoint.load. Exit codes: 0 done, 1 error, 2 usage or configuration.
+Where the configuration names no model, it takes the one of checkpoint.load. Exit codes: 0 done, 1 error, 2 usage or
+configuration, 75 saved after SIGTERM or SIGUSR1 and to be started again.
 """
 
 import sys

@@ -6,6 +6,7 @@ Left out: what a rank does when it hears a signal or hangs (test_faults.py).
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the ker
     ([-TERM, 1], [USR1], ERROR),
     ([-KILL, -KILL], [TERM], ERROR),  # did not leave in time
     ([0, None], [], ERROR),        # a machine was lost
+    ([75, None], [TERM], ERROR),
 ])
 def test_what_exit_codes_mean_together(codes, told, code):
     assert judge(codes, told) == code
@@ -318,3 +320,77 @@ def test_two_supervisors_do_not_share_a_run(supervised):
 def test_what_cannot_be_started(options, words):
     done = subprocess.run([sys.executable, "launch/supervise.py", *options, str(STUB), "run.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == USAGE and words in done.stderr and "Traceback" not in done.stderr
+
+
+# --- several nodes, on loopback --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def node(supervised):
+    """Starts the supervisor of a node with one rank; all share a folder, as nodes do."""
+    with socket.socket() as wire:
+        wire.bind(("localhost", 0))
+        port = wire.getsockname()[1]
+
+    def start(number: int, *arguments: str, num_nodes=2, options=()) -> Supervised:
+        return supervised(*arguments, ranks=1, options=("--nnodes", str(num_nodes), "--node-rank", str(number), "--master", f"localhost:{port}", *options))
+
+    return start
+
+
+def ends(*runs: Supervised) -> list[int]:
+    found = [run.process.wait(60) for run in runs]
+    assert not left(runs[0].folder)
+    return found
+
+
+def test_nodes_start_again_together(node):
+    faults = ("fault=1:1:7:kill", "fault=1:0:7:hang", "fault=2:0:8:1", "fault=2:1:8:hang")
+    first, second = node(0, *faults), node(1, *faults)
+    assert ends(first, second) == [OK, OK]
+    assert codes(first) == [(1, 0, -signal.SIGUSR2), (2, 0, 1), (3, 0, 0)] and codes(second) == [(1, 1, -KILL), (2, 1, -signal.SIGUSR2), (3, 1, 0)]
+    assert "rank 1 of 2 goes on from 5" in (second.folder / "logs/rank_00001.out").read_text()
+    assert {event["port"] for event in first.events("launch")} == {event["port"] for event in second.events("launch")}
+
+
+def test_nodes_are_given_up_together(node):
+    faults = [f"fault={launch}:{rank}:1:{kind}" for launch in range(1, 9) for rank, kind in ((0, "hang"), (1, "1"))]
+    options = ("--max-restarts", "1")
+    assert ends(node(0, *faults, options=options), node(1, *faults, options=options)) == [ERROR, ERROR]
+
+
+def test_a_signal_to_one_node_stops_all(node):
+    faults = ("fault=1:0:7:wait", "fault=1:1:7:wait")
+    first, second = node(0, *faults), node(1, *faults)
+    first.until_all_wait(2)
+    second.tell(TERM)
+    assert ends(first, second) == [REQUEUE, REQUEUE] and (first.folder / "saved").read_text() == "7"
+
+
+@LINUX
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_node_whose_supervisor_was_killed_comes_back(node, killed):
+    faults = ("fault=1:0:7:wait", "fault=1:1:7:wait")
+    runs = [node(0, *faults), node(1, *faults)]
+    runs[0].until_all_wait(2)
+    runs[killed].tell(KILL)
+    runs[killed].process.wait()
+    other = runs[1 - killed]
+    other.until(lambda: other.events("verdict"))
+    assert (other.folder / "saved").read_text() == "7"  # its ranks saved with those of the other
+    runs[killed] = node(killed)
+    assert ends(*runs) == [OK, OK]
+
+
+def test_nodes_that_do_not_fit_together(node):
+    first = node(0, options=("--join-seconds", "3"))
+    other = node(1, num_nodes=3)
+    assert other.process.wait(60) == ERROR and "was started with --nnodes 3, node 0 with --nnodes 2" in other.said()
+    assert ends(first) == [ERROR] and "node 1 did not come to localhost:" in first.said()
+
+
+def test_a_node_that_waits_can_be_stopped(node):
+    first = node(0)
+    first.until(lambda: first.events("join"))
+    first.tell(TERM)
+    assert ends(first) == [REQUEUE]

@@ -16,6 +16,7 @@ import json
 import socket
 
 RETRY_SECONDS = 0.5
+CLOSE_SECONDS = 5  # for the last words to reach the other nodes
 CALLS = ("failed", "stop", "lost")
 
 
@@ -104,8 +105,9 @@ class Nodes:
 
     async def _connect(self) -> None:
         if self.node == 0 and self._hub is None:
-            self._hub = Hub(self.num_nodes)
-            await self._hub.listen(*self.address)
+            hub = Hub(self.num_nodes)
+            await hub.listen(*self.address)
+            self._hub = hub
         while True:
             try:
                 reader, self._writer = await asyncio.open_connection(*self.address)
@@ -141,7 +143,7 @@ class Hub:
         self.links: dict[int, asyncio.StreamWriter] = {}
         self._launch: set[int] = set()  # nodes of the launch underway that were not lost
         self._values: dict[str, dict[int, object]] = {}
-        self._server = None
+        self._server, self._talks = None, set()
 
     async def listen(self, host: str, port: int) -> None:
         # On all interfaces, as torch does: many a machine's own name is a loopback address in its /etc/hosts.
@@ -155,11 +157,12 @@ class Hub:
         """What was said is delivered first."""
         self._server.close()
         for writer in self.links.values():
-            with contextlib.suppress(OSError):
-                await writer.drain()
-                writer.close()
+            writer.close()
+        if self._talks:
+            await asyncio.wait(self._talks, timeout=CLOSE_SECONDS)
 
     async def _talk(self, reader, writer) -> None:
+        self._talks.add(asyncio.current_task())
         _keep_alive(writer)
         messages = _messages(reader)
         hello = await anext(messages, {})

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import psutil
 
-DEATH_SIGNAL, CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+from engine.signals import end_with
+
+CHILD_SUBREAPER = 36  # <linux/prctl.h>
 DUMP_SECONDS = 1.0  # for a rank to write its stacks
 
 
@@ -131,9 +133,10 @@ class Ranks:
 
     async def changes(self, seconds: float) -> list[Rank]:
         """Show new output; the ranks that have ended since this was last asked, waiting at most so long for the first."""
-        await asyncio.wait([rank.end for rank in self.running] or [asyncio.sleep(0)], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        pending = [rank for rank in self.all if rank.number not in self._told]
+        await asyncio.wait([rank.end for rank in pending], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         self._show()
-        ended = [rank for rank in self.all if rank.end.done() and rank.number not in self._told]
+        ended = [rank for rank in pending if rank.end.done()]
         self._told |= {rank.number for rank in ended}
         return sorted(ended, key=lambda rank: rank.seconds)
 
@@ -195,20 +198,6 @@ class Tail:
             if lines:
                 self._stream.write("".join(f"{self._prefix}{line.decode(errors='replace')}\n" for line in lines))
                 self._stream.flush()
-
-
-def end_with(parent: int):
-    """A preexec_fn: the kernel tells the child (SIGTERM) when its parent dies in whatever way. None where the kernel cannot do that."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # loaded here: little is safe between fork and exec
-
-    def prepare() -> None:
-        prctl(DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return prepare
 
 
 def adopt_orphans() -> None:

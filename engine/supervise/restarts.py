@@ -19,11 +19,12 @@ def judge(codes: Collection[int | None], told: Collection[int]) -> int:
         return OK
     if USAGE in codes:
         return USAGE
+    if None in codes:
+        return ERROR
     if all(code in (OK, REQUEUE) for code in codes):
         return REQUEUE
-    if any(code == REQUEUE or code is not None and -code in told for code in codes) and told:
-        return REQUEUE  # a rank that was only starting dies of the signal, and its peers of the loss; nothing was to be saved
-    return ERROR
+    # A rank that was only starting dies of the signal, and its peers of the loss; nothing was to be saved.
+    return REQUEUE if told and any(code == REQUEUE or -code in told for code in codes) else ERROR
 
 
 @dataclass(frozen=True)

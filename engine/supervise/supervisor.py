@@ -168,6 +168,8 @@ class Supervisor:
     async def _meet(self) -> Place:
         """Wait for all nodes; where this one stands among them."""
         args = self.args
+        if args.nnodes > 1:
+            self.events.write("join", f"waiting for {args.nnodes} nodes at {args.master}")
         values = await self.nodes.gather("start", {"num_local": args.nproc_per_node, "port": _free_port() if args.node_rank == 0 else None,
                                                    "launch": self.num_launches})
         counts = [value["num_local"] for value in values]

@@ -3,6 +3,7 @@
 Left out: what a rank does when it hears a signal or hangs (test_faults.py).
 """
 
+import datetime
 import json
 import os
 import signal
@@ -12,8 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import yaml
+from training import merged, on_ranks
 
 from engine.supervise.folder import UsageError, run_dir, steps_taken
 from engine.supervise.ranks import Place
@@ -112,14 +116,13 @@ def test_the_supervisor_imports_no_heavy_package():
 class Supervised:
     """A supervisor underway. Its options come before the program, `arguments` of the stub behind it."""
 
-    def __init__(self, folder: Path, *arguments: str, ranks: int = 2, options=(), program=STUB, **environment):
+    def __init__(self, folder: Path, *arguments: str, ranks: int = 2, options=(), program=STUB, config=None):
         self.folder, self.node = folder, int(dict(zip(options, options[1:])).get("--node-rank", 0))
         folder.mkdir(exist_ok=True)
-        self.config, self.console = folder / "run.yaml", open(folder / f"console_{self.node}", "a")
-        self.config.touch()
+        self.console = open(folder / f"console_{self.node}", "a")
         command = [sys.executable, ROOT / "launch/supervise.py", "--nproc-per-node", str(ranks), "--backoff-seconds", "0.1", "--grace-seconds", "0.2",
-                   "--stop-seconds", "20", *options, program, self.config, f"run.dir={folder}", *arguments]
-        self.process = subprocess.Popen(command, stdout=self.console, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **environment})
+                   "--stop-seconds", "20", *options, program, config or folder / "run.yaml", f"run.dir={folder}", *arguments]
+        self.process = subprocess.Popen(command, stdout=self.console, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def events(self, name: str = "") -> list[dict]:
         path = self.folder / "logs" / (f"supervisor_{self.node:04d}.jsonl" if self.node else "supervisor.jsonl")
@@ -394,3 +397,65 @@ def test_a_node_that_waits_can_be_stopped(node):
     first.until(lambda: first.events("join"))
     first.tell(TERM)
     assert ends(first) == [REQUEUE]
+
+
+# --- real ranks ------------------------------------------------------------------------------------------------------
+
+SAME = ("step", "split", "loss", "grad_norm", "lr", "consumed_samples", "tokens", "skipped")  # the rest of a line is time and memory
+
+
+def lines(folder) -> list[dict]:
+    found = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key in SAME} for line in found]
+
+
+@LINUX
+def test_a_run_that_meets_three_faults_is_bit_equal_to_an_unbroken_one(raw_run, supervised, tmp_path):
+    """A rank killed in mid-step, SIGTERM to the supervisor, the supervisor killed: nothing but starting it again is done in between."""
+    from engine.mcore.checkpoint import read_tensors
+
+    holds, folder = tmp_path / "holds", tmp_path / "broken"
+    holds.mkdir()
+    raw = merged(raw_run, {"stage": "tests.gated:Gated", "stage_options": {"holds": str(holds)}, "train": {"steps": 14, "eval_every": 7},
+                           "checkpoint": {"save_every": 4}, "run": {"dir": str(tmp_path / "unbroken")}, "parallel": {"zero1": True}})
+    on_ranks(2, raw)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    for step in (7, 9, 12):
+        (holds / f"hold_{step}_1").touch()  # rank 0 goes on into the step and waits there for rank 1
+
+    def start(at: int) -> Supervised:
+        run = supervised(folder=folder, program="launch/pretrain.py", config=tmp_path / "run.yaml", options=("--grace-seconds", "10", "--stop-seconds", "100"))
+        run.until((holds / f"at_{at}_1").exists, 200)
+        return run
+
+    def status() -> dict:
+        return json.loads((folder / "status.json").read_text())
+
+    run = start(7)
+    os.kill(run.events("launch")[0]["pids"][1], KILL)
+    killed = time.time()
+    (holds / "hold_7_1").unlink()
+    first, second = run.until(lambda: len(run.events("exit")) == 2 and run.events("exit"), 100)
+    assert (first["rank"], first["code"]) == (1, -KILL) and (second["rank"], second["code"]) == (0, ERROR)
+    print(f"found {datetime.datetime.fromisoformat(first['time']).timestamp() - killed:.3f} s after the kill")
+    assert "another rank has ended, so this one cannot go on" in run.said()
+
+    run.until((holds / "at_9_1").exists, 200)
+    run.tell(TERM)
+    run.until(lambda: run.events("signal"))
+    (holds / "hold_9_1").unlink()
+    assert run.wait(100) == REQUEUE
+    assert (status()["state"], status()["step"]) == ("requeue", 9)
+
+    run = start(12)
+    run.tell(KILL)
+    run.process.wait()
+    (holds / "hold_12_1").unlink()
+    _, alive = psutil.wait_procs(left(folder), timeout=100)
+    assert not alive and (status()["state"], status()["step"]) == ("requeue", 12)
+
+    assert supervised(folder=folder, program="launch/pretrain.py", config=tmp_path / "run.yaml").wait(200) == OK
+    assert status()["state"] == "done"
+    assert lines(folder) == lines(tmp_path / "unbroken") and len(lines(folder)) == 16
+    broken, unbroken = (read_tensors(path) for path in (folder, tmp_path / "unbroken"))
+    assert broken.keys() == unbroken.keys() and all(np.array_equal(broken[name], unbroken[name]) for name in broken)

@@ -138,7 +138,6 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         """Hand it to the ranks. SIGINT a second time ends them at once."""
         impatient = number == signal.SIGINT and self.stop.is_set()
-        self.events.write("signal", f"{signal.Signals(number).name}; the ranks are {'ended' if impatient else 'to save and leave'}", signal=number)
         if number != signal.SIGUSR1 or not self.args.requeue_here:
             self.stop.set()
             self.nodes.call("stop")
@@ -146,6 +145,7 @@ class Supervisor:
             self.ranks.signal(signal.SIGKILL)
         else:
             self._tell(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
+        self.events.write("signal", f"{signal.Signals(number).name}; the ranks are {'ended' if impatient else 'to save and leave'}", signal=number)
 
     def _tell(self, number: int) -> None:
         self.told.add(number)

@@ -15,7 +15,7 @@ ENGINES = {"megatron", "transformer_engine", "apex"}
 
 # Who may import whom inside the project; a name stands for everything below it. The open ones are for all of engine.
 OPEN = {"engine.config", "engine.section", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
-        "engine.sampling", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.stage", "engine.log"}
+        "engine.sampling", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.stage", "engine.log", "engine.signals"}
 MAY_IMPORT = {
     "engine.config": {"engine.checks", "engine.models"},
     "engine.checks": {"engine.stages"},
@@ -35,6 +35,10 @@ MAY_IMPORT = {
     "engine.schedule": set(),
     "engine.metrics": set(),
     "engine.log": set(),
+    "engine.signals": set(),
+    "engine.faults": set(),
+    "engine.watch": set(),
+    "engine.rollback": set(),
     "engine.losses": set(),
     "engine.rl": set(),
     "engine.rewards": {"engine.rewards", "engine.data", "data_tools"},
@@ -42,7 +46,8 @@ MAY_IMPORT = {
     "engine.stages": {"engine.stages", "engine.data", "engine.losses", "engine.rl", "engine.rewards", "engine.schedule"},
     "engine.hf": {"engine.hf", "engine.data.chat"},
     "engine.mcore": {"engine.mcore"},
-    "engine.train": {"engine.checks", "engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics"},
+    "engine.train": {"engine.checks", "engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics", "engine.faults",
+                     "engine.watch", "engine.rollback"},
     "engine.score": {"engine.train", "engine.data", "engine.mcore", "engine.losses", "data_tools"},
     "engine.write": {"engine.train", "engine.score", "engine.data", "engine.hf", "engine.mcore", "data_tools"},
     "engine.conversions": {"engine.hf", "engine.mcore", "data_tools"},

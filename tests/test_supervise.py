@@ -335,8 +335,8 @@ def node(supervised):
         wire.bind(("localhost", 0))
         port = wire.getsockname()[1]
 
-    def start(number: int, *arguments: str, num_nodes=2, options=()) -> Supervised:
-        return supervised(*arguments, ranks=1, options=("--nnodes", str(num_nodes), "--node-rank", str(number), "--master", f"localhost:{port}", *options))
+    def start(number: int, *arguments: str, num_nodes=2, options=(), **others) -> Supervised:
+        return supervised(*arguments, ranks=1, **others, options=("--nnodes", str(num_nodes), "--node-rank", str(number), "--master", f"localhost:{port}", *options))
 
     return start
 
@@ -390,6 +390,14 @@ def test_nodes_that_do_not_fit_together(node):
     other = node(1, num_nodes=3)
     assert other.process.wait(60) == ERROR and "was started with --nnodes 3, node 0 with --nnodes 2" in other.said()
     assert ends(first) == [ERROR] and "node 1 did not come to localhost:" in first.said()
+
+
+def test_a_second_supervisor_of_a_node_takes_its_place(node, tmp_path):
+    first, second = node(0), node(1, "fault=1:1:7:wait")
+    second.until_all_wait(1)
+    third = node(1, folder=tmp_path / "elsewhere")  # as on another machine, where the lock of the first is not seen
+    assert second.process.wait(60) == ERROR and "another supervisor has come as node 1; give each its own --node-rank" in second.said()
+    assert [first.process.wait(60), third.process.wait(60)] == [OK, OK]
 
 
 def test_a_node_that_waits_can_be_stopped(node):

@@ -50,7 +50,7 @@ class Nodes:
     def __init__(self, node: int, num_nodes: int, address: tuple[str, int], seconds: float):
         self.node, self.num_nodes, self.address, self.seconds = node, num_nodes, address, seconds
         self.heard = {call: asyncio.Event() for call in CALLS}
-        self._hub, self._writer, self._reading = None, None, None
+        self._hub, self._writer, self._reading, self._refused = None, None, None, ""
         self._answers: asyncio.Queue = asyncio.Queue()
 
     async def gather(self, what: str, value) -> list:
@@ -79,9 +79,7 @@ class Nodes:
         while True:
             answer = await self._answers.get()
             if answer is None:
-                raise Lost
-            if "refused" in answer:
-                raise NodesError(answer["refused"])
+                raise self._end()
             if answer["what"] == what:
                 return answer["values"]
 
@@ -123,6 +121,8 @@ class Nodes:
         async for message in _messages(reader):
             if "call" in message:
                 self.heard[message["call"]].set()
+            elif "refused" in message:
+                self._refused = message["refused"]
             else:
                 answers.put_nowait(message)
         self._writer = None
@@ -131,8 +131,12 @@ class Nodes:
 
     def _send(self, message: dict) -> None:
         if self._writer is None:
-            raise Lost
+            raise self._end()
         self._writer.write(_line(message))
+
+    def _end(self) -> Exception:
+        """Of the connection. Who was refused must not come again."""
+        return NodesError(self._refused) if self._refused else Lost()
 
 
 class Hub:

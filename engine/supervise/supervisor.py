@@ -229,8 +229,9 @@ class Supervisor:
     def _judge(self, outcomes: list[dict | None], restarts: Restarts) -> Verdict:
         here = [outcome for outcome in outcomes if outcome]
         codes = [code for outcome in here for code in outcome["codes"]] + [None] * (len(outcomes) - len(here))
-        code = judge(codes, {number for outcome in here for number in outcome["told"]})
-        return restarts.after(code, outcomes[0]["step"], self.stop.is_set())
+        told = {number for outcome in here for number in outcome["told"]}
+        # Asked to end only when the ranks had ended of something else: then it is as if it had waited already.
+        return restarts.after(judge(codes, told), outcomes[0]["step"], is_stopping=bool(told) and self.stop.is_set())
 
 
 @dataclass

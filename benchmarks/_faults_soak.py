@@ -50,6 +50,8 @@ def run(cases: int, seed: int) -> int:
             soaked.watch(rng.uniform(0.5 * EVERY, 1.5 * EVERY))
             fault = rng.choice(FAULTS)
             faults[fault.__name__ if fault(soaked, rng) else "too early for one"] += 1
+        furthest = soaked.steps
+        soaked.watch(until=lambda: soaked.steps > furthest)  # over the last of them
         soaked.stop()
         seconds = time.monotonic() - started
         quiet = Service(config, work / "quiet")
@@ -70,8 +72,8 @@ class Service:
 
     def __init__(self, config: Path, folder: Path):
         self.folder, self.process, self.num_starts, self.num_given_up = folder, None, 0, 0
-        self.command = [sys.executable, ROOT / "launch/supervise.py", "--nproc-per-node", str(NUM_RANKS), "--requeue-here", "--grace-seconds", "3",
-                        "--stop-seconds", "60", ROOT / "launch/pretrain.py", config, f"run.dir={folder}"]
+        self.command = [sys.executable, ROOT / "launch/supervise.py", "--nproc-per-node", str(NUM_RANKS), "--requeue-here", "--max-restarts", "10",
+                        "--grace-seconds", "3", "--stop-seconds", "60", ROOT / "launch/pretrain.py", config, f"run.dir={folder}"]
         self.steps = self.num_repeated = 0
         self.start_seconds, self._launch, self._launched = [], [], 0.0
 

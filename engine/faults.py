@@ -47,7 +47,7 @@ class Switches:
         self.signals, self.max_seconds = signals, 60 * run.train.max_minutes
         self.save_file, self.stop_file = (Path(run.run.dir) / name for name in ("SAVE", "STOP"))
         self.is_first = dist.get_rank() == 0
-        self.started, self._heard = time.monotonic(), None
+        self.started = self._heard = None
         if self.is_first:
             self.stop_file.unlink(missing_ok=True)  # of the run that it has stopped
 
@@ -78,6 +78,7 @@ class Switches:
         received = self.signals.received if self.signals else 0
         if not self.is_first:
             return [received, 0, 0, 0]
+        self.started = self.started or time.monotonic()  # when training begins, so that every start takes a step at least
         is_over = 0 < self.max_seconds < time.monotonic() - self.started
         return [received, int(self.save_file.exists()), int(self.stop_file.exists()), int(is_over)]
 
@@ -120,7 +121,7 @@ class Guard:
         if is_first and not is_loss_bad:
             self.spikes.add(result.loss)
         if why:
-            self._count_skip(why, feed, stops=self.settings.nonfinite == "stop" and not is_spike)
+            self._skip(why, feed, stops=self.settings.nonfinite == "stop" and not is_spike)
         elif norm is not None:
             self.skips_in_row = 0
         return why
@@ -139,11 +140,12 @@ class Guard:
         self.skips_in_row = state.get("skips_in_row", 0)
 
     def _judged_spike(self, loss: float, deviation: float, feed) -> str:
-        """Why a spike lets no update be taken; empty where it is only told."""
-        median = statistics.median(self.spikes.losses)
-        self.found["spike"] = deviation
-        why = (f"the loss is {loss:.6g} on {feed.samples()}, {deviation:.3g} standard deviations above {median:.6g}, the median of the last "
-               f"{len(self.spikes.losses)}")
+        """Why a spike lets no update be taken; empty where it is only told. Collective, for one rank alone may have seen it."""
+        own = (deviation, f"the loss is {loss:.6g} on {feed.samples()}, {deviation:.3g} standard deviations above "
+                          f"{statistics.median(self.spikes.losses):.6g}, the median of the last {len(self.spikes.losses)}")
+        found = [own] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        self.found["spike"], why = max(found)
         if self.settings.spike == "warn":
             self.note(f"step {feed.step}: {why}")
             return ""
@@ -159,15 +161,15 @@ class Guard:
         dist.all_gather_object(found, own)
         value = next(value for _, _, value, _, _ in found if value is not None and not math.isfinite(value))
         losses = {replica: batches for _, replica, _, batches, _ in found if batches}
-        origins = [f"replica {replica}" + (f": samples {_listed(numbers)}" if (numbers := feed.numbers(replica, batches)) else "")
+        origins = [f"replica {replica}" + (f": samples {listed(numbers)}" if (numbers := feed.numbers(replica, batches)) else "")
                    for replica, batches in losses.items()]
         if not origins:
-            origins = [f"rank {rank}: {_listed(names)}" for rank, _, _, _, names in found if names]
-        return f"the {what} is {value} on {feed.samples()}" + (f" ({_listed(origins, '; ')})" if origins else "")
+            origins = [f"rank {rank}: {listed(names)}" for rank, _, _, _, names in found if names]
+        return f"the {what} is {value} on {feed.samples()}" + (f" ({listed(origins, '; ')})" if origins else "")
 
-    def _count_skip(self, why: str, feed, stops: bool) -> None:
-        self.skips_in_row += 1
+    def _skip(self, why: str, feed, stops: bool) -> None:
         self.found["why"] = "; ".join(filter(None, (self.found.get("why"), why)))
+        self.skips_in_row += not self.wants_rollback
         if stops or self.skips_in_row >= self.settings.max_skips_in_row:
             before = f"; {self.skips_in_row} updates in a row were to be skipped" if self.skips_in_row > 1 else ""
             raise TrainingStopped(f"step {feed.step}: {why}{before}; this update changed no weight. "
@@ -175,7 +177,8 @@ class Guard:
         self.note(f"step {feed.step}: update skipped, {why}")
 
 
-def _listed(things, comma: str = ", ") -> str:
+def listed(things, comma: str = ", ") -> str:
+    """The first few of them."""
     things = list(map(str, things))
     return comma.join(things[:MANY]) + (f"{comma}and {len(things) - MANY} more" if len(things) > MANY else "")
 

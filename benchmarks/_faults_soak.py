@@ -61,8 +61,9 @@ def run(cases: int, seed: int) -> int:
         problems = _differences(soaked.folder, quiet.folder)
         starts = [event for event in soaked.events() if event["event"] == "launch"]
         print(f"| soak, seed {seed} | {cases} faults in {seconds / 60:.1f} min: {', '.join(f'{n} {name}' for name, n in faults.most_common())} |")
-        print(f"| | ranks started {len(starts)} times, the supervisor {soaked.num_starts} times; {soaked.steps} steps, {soaked.num_repeated} of them repeated |")
-        print(f"| | goodput {100 * good / seconds:.0f}%, a start takes {statistics.median(soaked.start_seconds):.1f} s to the first step |")
+        print(f"| | ranks started {len(starts)} times, the supervisor {soaked.num_starts} times; {soaked.steps} steps, {soaked.num_repeated} repeated |")
+        start = statistics.median(soaked.start_seconds)
+        print(f"| | goodput {100 * good / seconds:.0f}%; {start:.1f} s from the start of ranks to their first step (median) |")
         print(f"| | {soaked.num_given_up} manual actions; against the quiet run: {'; '.join(problems) or 'bit-equal'} |")
     return int(bool(problems or soaked.num_given_up))
 

@@ -3,7 +3,8 @@
     python tests/rank_stub.py CONFIG.yaml run.dir=DIR [fault=LAUNCH:RANK:STEP:KIND ...]
 
 KIND: kill, hang (hears signals and does nothing), unready (dies of signals, as a rank that still imports does), stop (SIGSTOP), child (leaves a
-process), wait (goes on when told to save), or an exit code. Rank 0 writes metrics.jsonl and saves every 5 steps into DIR/saved; a launch goes on from there. No torch, so a launch takes a tenth of a second.
+process), wait (goes on when told to save), shout (writes a megabyte and then waits), or an exit code. Rank 0 writes metrics.jsonl and saves every
+5 steps into DIR/saved; a launch goes on from there. No torch, so a launch takes a tenth of a second.
 """
 
 import json
@@ -59,8 +60,10 @@ def meet(kind: str, heard: list[int]) -> None:
         if kind == "unready":
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
+        if kind == "shout":
+            print(("x" * 99 + "\n") * 10_000, file=sys.stderr)
         print("waits", flush=True)
-        while not (heard and kind == "wait"):
+        while not (heard and kind in ("wait", "shout")):
             signal.pause()
 
 

@@ -75,7 +75,7 @@ def test_requeued_here():
 
 
 def test_torchruns_variables():
-    place = Place(attempt=3, node=1, num_nodes=2, first_rank=4, num_local=2, world_size=6, address="node0", port=1234)
+    place = Place(launch=3, node=1, num_nodes=2, first_rank=4, num_local=2, world_size=6, address="node0", port=1234)
     found = place.environment(1)
     found.pop("OMP_NUM_THREADS", None)  # only where the user has not set it
     assert found == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2",
@@ -106,7 +106,7 @@ def test_how_far_a_run_is(tmp_path):
 
 
 def test_the_supervisor_imports_no_heavy_package():
-    code = "import sys; sys.argv = ['x', '--help']; from engine.supervise import supervisor; print(*{'torch', 'numpy', 'pydantic', 'omegaconf'} & set(sys.modules))"
+    code = "import sys; from engine.supervise import supervisor; print(*{'torch', 'numpy', 'pydantic', 'omegaconf'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
@@ -116,13 +116,14 @@ def test_the_supervisor_imports_no_heavy_package():
 class Supervised:
     """A supervisor underway. Its options come before the program, `arguments` of the stub behind it."""
 
-    def __init__(self, folder: Path, *arguments: str, ranks: int = 2, options=(), program=STUB, config=None):
+    def __init__(self, folder: Path, *arguments: str, ranks: int = 2, options=(), program=STUB, config=None, console=None):
         self.folder, self.node = folder, int(dict(zip(options, options[1:])).get("--node-rank", 0))
         folder.mkdir(exist_ok=True)
         self.console = open(folder / f"console_{self.node}", "a")
         command = [sys.executable, ROOT / "launch/supervise.py", "--nproc-per-node", str(ranks), "--backoff-seconds", "0.1", "--grace-seconds", "0.2",
                    "--stop-seconds", "20", *options, program, config or folder / "run.yaml", f"run.dir={folder}", *arguments]
-        self.process = subprocess.Popen(command, stdout=self.console, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(command, stdout=console or self.console, stderr=subprocess.STDOUT, cwd=ROOT,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def events(self, name: str = "") -> list[dict]:
         path = self.folder / "logs" / (f"supervisor_{self.node:04d}.jsonl" if self.node else "supervisor.jsonl")
@@ -270,6 +271,17 @@ def test_a_second_interrupt_ends_at_once(supervised):
     assert run.wait() == ERROR and [code for *_, code in codes(run)] == [-KILL, -KILL]
 
 
+def test_a_terminal_that_takes_nothing_holds_nobody_up(supervised):
+    reading, writing = os.pipe()
+    run = supervised("fault=1:0:7:shout", "fault=1:1:7:shout", console=writing)
+    run.until_all_wait(2)
+    run.tell(TERM)
+    assert run.wait() == REQUEUE and os.read(reading, 12) == b"supervisor: "
+    assert (run.folder / "logs/rank_00001.err").stat().st_size > 1_000_000
+    os.close(reading)
+    os.close(writing)
+
+
 @LINUX
 def test_what_a_rank_has_started_does_not_outlive_it(supervised):
     run = supervised("steps=8", "fault=1:0:2:child", ranks=1)
@@ -336,7 +348,8 @@ def node(supervised):
         port = wire.getsockname()[1]
 
     def start(number: int, *arguments: str, num_nodes=2, options=(), **others) -> Supervised:
-        return supervised(*arguments, ranks=1, **others, options=("--nnodes", str(num_nodes), "--node-rank", str(number), "--master", f"localhost:{port}", *options))
+        nodes = ("--nnodes", str(num_nodes), "--node-rank", str(number), "--master", f"localhost:{port}")
+        return supervised(*arguments, ranks=1, options=(*nodes, *options), **others)
 
     return start
 

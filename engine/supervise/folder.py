@@ -3,7 +3,7 @@
     folder = run_dir(["pretrain.yaml", "run.dir=runs/a"])      # without validating the rest, which the ranks do
     with Lock(folder / "logs", node=0) as lock:
         await lock.take(seconds=300)                           # ends ranks of a supervisor that was killed
-        Events(folder / "logs").write("launch", "2 ranks started", attempt=1)
+        Events(folder / "logs", console).write("launch", "2 ranks started", launch=1)
 
 Left out: checkpoints; a run finds its newest verified one by itself.
 """
@@ -16,12 +16,13 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import yaml
+
+from engine.supervise.console import STDERR, Console
 
 END_OF_METRICS = 1 << 16  # bytes of metrics.jsonl that hold its last lines
 
@@ -76,8 +77,8 @@ def _last_step(metrics: Path) -> int:
 class Events:
     """One JSON line per event in logs/supervisor.jsonl (supervisor_0001.jsonl on node 1), and a line on stderr for a person."""
 
-    def __init__(self, logs: Path, node: int = 0, num_nodes: int = 1):
-        self._node, self._who = node, "supervisor" if num_nodes == 1 else f"supervisor {node}"
+    def __init__(self, logs: Path, console: Console, node: int = 0, num_nodes: int = 1):
+        self._console, self._node, self._who = console, node, "supervisor" if num_nodes == 1 else f"supervisor {node}"
         self._file = open(logs / (f"supervisor_{node:04d}.jsonl" if node else "supervisor.jsonl"), "a", encoding="utf-8")
 
     def write(self, event: str, text: str, **fields) -> None:
@@ -85,8 +86,7 @@ class Events:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         self._file.write(json.dumps({"time": now, "node": self._node, "event": event, **fields, "text": text}) + "\n")
         self._file.flush()
-        with contextlib.suppress(OSError):  # a terminal that has gone must not end a run
-            print(f"{self._who}: {text}", file=sys.stderr, flush=True)
+        self._console.say(STDERR, f"{self._who}: {text}\n")
 
 
 class Lock:

@@ -1,13 +1,13 @@
 """The processes of one node in one launch: started, shown, told, ended.
 
-    ranks = Ranks(command, place, logs, lock.descriptor, shows_all=False)
-    await ranks.start(attempt=1)
+    ranks = Ranks(command, place, logs, lock.descriptor, console, shows_all=False)
+    await ranks.start()
     while not ranks.are_all_told:
         for rank in await ranks.changes(0.2): ...    # those that have just ended
-    await ranks.end()                                # whatever is left, and all that they started
+    await ranks.end(seconds=0)                       # whatever is left, and all that they started
 
 Each rank has a session of its own. Its output goes straight into logs/rank_00003.out and .err, and the supervisor reads it from there for the
-console: a rank never waits for a slow console, and can still save when its supervisor was killed, where a broken pipe would end it.
+console: a rank never waits for a slow one, and can still save when its supervisor was killed, where a broken pipe would end it.
 The kernel sends a rank SIGTERM when its supervisor dies (Linux), and gives the supervisor what a dead rank has started.
 """
 
@@ -18,13 +18,15 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from engine.signals import end_with
+from engine.supervise.console import STDERR, STDOUT, Console
 
 CHILD_SUBREAPER = 36  # <linux/prctl.h>
 DUMP_SECONDS = 1.0  # for a rank to write its stacks
@@ -34,7 +36,7 @@ DUMP_SECONDS = 1.0  # for a rank to write its stacks
 class Place:
     """Where a node stands in one launch."""
 
-    attempt: int
+    launch: int
     node: int
     num_nodes: int
     first_rank: int
@@ -55,7 +57,7 @@ class Place:
             "GROUP_WORLD_SIZE": str(self.num_nodes),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
-            "TORCHELASTIC_RESTART_COUNT": str(self.attempt - 1),
+            "TORCHELASTIC_RESTART_COUNT": str(self.launch - 1),
         }
 
 
@@ -87,8 +89,8 @@ def words(code: int | None) -> str:
 class Ranks:
     """All ranks of this node."""
 
-    def __init__(self, command: Sequence[str], place: Place, logs: Path, lock: int, shows_all: bool):
-        self._command, self.place, self._logs, self._lock, self._shows_all = command, place, logs, lock, shows_all
+    def __init__(self, command: Sequence[str], place: Place, logs: Path, lock: int, console: Console, shows_all: bool):
+        self._command, self.place, self._logs, self._lock, self._console, self._shows_all = command, place, logs, lock, console, shows_all
         self.all: list[Rank] = []
         self._told: set[int] = set()
         self._tails: list[Tail] = []
@@ -113,9 +115,10 @@ class Ranks:
         path = self._logs / f"rank_{number:05d}.{suffix}"
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        os.write(file, f"== {now} launch {self.place.attempt}, node {self.place.node}, rank {number} of {self.place.world_size}\n".encode())
+        os.write(file, f"== {now} launch {self.place.launch}, node {self.place.node}, rank {number} of {self.place.world_size}\n".encode())
         if suffix == "err" or self._shows_all or number == 0:
-            self._tails.append(Tail(path, f"[{self.place.node}:{number}] ", sys.stdout if suffix == "out" else sys.stderr))
+            show = partial(self._console.say, STDOUT if suffix == "out" else STDERR)
+            self._tails.append(Tail(path, f"[{self.place.node}:{number}] ", show))
         return file
 
     @property
@@ -179,10 +182,10 @@ class Ranks:
 
 
 class Tail:
-    """What is written to a file from now on, line by line with a prefix, to a stream."""
+    """What is written to a file from now on, handed to show(text) in whole lines, each with a prefix."""
 
-    def __init__(self, path: Path, prefix: str, stream):
-        self._file, self._prefix, self._stream, self._part = open(path, "rb"), prefix, stream, b""
+    def __init__(self, path: Path, prefix: str, show: Callable[[str], None]):
+        self._file, self._prefix, self._show, self._part = open(path, "rb"), prefix, show, b""
         self._file.seek(0, os.SEEK_END)
 
     def show(self) -> None:
@@ -194,10 +197,8 @@ class Tail:
         self._file.close()
 
     def _print(self, lines: list[bytes]) -> None:
-        with contextlib.suppress(OSError):  # a console that has gone must not end a run
-            if lines:
-                self._stream.write("".join(f"{self._prefix}{line.decode(errors='replace')}\n" for line in lines))
-                self._stream.flush()
+        if lines:
+            self._show("".join(f"{self._prefix}{line.decode(errors='replace')}\n" for line in lines))
 
 
 def adopt_orphans() -> None:

@@ -13,9 +13,10 @@ import contextlib
 import signal
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from engine.supervise.console import Console
 from engine.supervise.folder import Events, Lock, UsageError, run_dir, steps_taken
 from engine.supervise.nodes import Alone, Lost, Nodes, NodesError
 from engine.supervise.ranks import Place, Ranks
@@ -32,9 +33,10 @@ def main(doc: str, argv: list[str] | None = None) -> int:
         folder = run_dir(args.arguments)
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        events = Events(logs, args.node_rank, args.nnodes)
-        with Lock(logs, args.node_rank, events) as lock:
-            return asyncio.run(Supervisor(args, folder, events, lock).run())
+        with contextlib.closing(Console()) as console:
+            events = Events(logs, console, args.node_rank, args.nnodes)
+            with Lock(logs, args.node_rank, events) as lock:
+                return asyncio.run(Supervisor(args, folder, console, events, lock).run())
     except (UsageError, NodesError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else ERROR
@@ -94,17 +96,17 @@ class Stopped(Exception):
 class Supervisor:
     """A run on this node, from the first launch to the last."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, events: Events, lock: Lock):
-        self.args, self.folder, self.events, self.lock = args, folder, events, lock
-        self.ranks: Ranks | None = None
-        self.told: set[int] = set()
+    def __init__(self, args: argparse.Namespace, folder: Path, console: Console, events: Events, lock: Lock):
+        self.args, self.folder, self.console, self.events, self.lock = args, folder, console, events, lock
+        self.nodes = Nodes(args.node_rank, args.nnodes, args.address, args.join_seconds) if args.nnodes > 1 else Alone()
+        self.stop = self.nodes.heard["stop"]  # somebody has asked a supervisor of this run to end
+        self.ranks: Ranks | None = None  # of the launch underway, while any runs
+        self.told: set[int] = set()  # signals that were handed to them
         self.num_launches = 0
 
     async def run(self) -> int:
         """The loop. Returns the exit code."""
         args = self.args
-        self.nodes = Nodes(args.node_rank, args.nnodes, args.address, args.join_seconds) if args.nnodes > 1 else Alone()
-        self.stop = self.nodes.heard["stop"]
         self._listen()
         try:
             await self._unless_stopped(self.lock.take(args.stop_seconds))
@@ -148,8 +150,8 @@ class Supervisor:
         self.events.write("signal", f"{signal.Signals(number).name}; the ranks are {'ended' if impatient else 'to save and leave'}", signal=number)
 
     def _tell(self, number: int) -> None:
-        self.told.add(number)
         if self.ranks:
+            self.told.add(number)
             self.ranks.signal(number)
 
     async def _unless_stopped(self, work):
@@ -174,14 +176,15 @@ class Supervisor:
                                                    "launch": self.num_launches})
         counts = [value["num_local"] for value in values]
         self.num_launches = max(value["launch"] for value in values) + 1
-        return Place(attempt=self.num_launches, node=args.node_rank, num_nodes=args.nnodes, first_rank=sum(counts[:args.node_rank]), num_local=args.nproc_per_node,
-                     world_size=sum(counts), address=args.address[0] if args.address else "127.0.0.1", port=values[0]["port"])
+        return Place(launch=self.num_launches, node=args.node_rank, num_nodes=args.nnodes, first_rank=sum(counts[:args.node_rank]),
+                     num_local=args.nproc_per_node, world_size=sum(counts), address=args.address[0] if args.address else "127.0.0.1",
+                     port=values[0]["port"])
 
     async def _launch(self, place: Place) -> Outcome:
         """Start the ranks and watch them until none runs."""
         self.told = set()
-        self.ranks = ranks = Ranks([sys.executable, self.args.program, *self.args.arguments], place, self.folder / "logs", self.lock.descriptor,
-                                   self.args.output == "all")
+        command = [sys.executable, self.args.program, *self.args.arguments]
+        self.ranks = ranks = Ranks(command, place, self.folder / "logs", self.lock.descriptor, self.console, self.args.output == "all")
         try:
             await ranks.start()
             self.lock.describe(ranks.pids)
@@ -201,7 +204,8 @@ class Supervisor:
         first, limit = "", Limit()
         while not ranks.are_all_told:
             for rank in await ranks.changes(POLL_SECONDS):
-                self.events.write("exit", f"{rank} after {rank.seconds:.1f} s", launch=self.num_launches, rank=rank.number, code=rank.code, seconds=round(rank.seconds, 3))
+                self.events.write("exit", f"{rank} after {rank.seconds:.1f} s", launch=self.num_launches, rank=rank.number, code=rank.code,
+                                  seconds=round(rank.seconds, 3))
                 if rank.code == REQUEUE:
                     limit.within(self.args.stop_seconds, "the others were to save too")
                 elif rank.code != OK:
@@ -231,7 +235,10 @@ class Supervisor:
         codes = [code for outcome in here for code in outcome["codes"]] + [None] * (len(outcomes) - len(here))
         told = {number for outcome in here for number in outcome["told"]}
         # Asked to end only when the ranks had ended of something else: then it is as if it had waited already.
-        return restarts.after(judge(codes, told), outcomes[0]["step"], is_stopping=bool(told) and self.stop.is_set())
+        verdict = restarts.after(judge(codes, told), outcomes[0]["step"], is_stopping=bool(told) and self.stop.is_set())
+        causes = [outcome["first"] if outcome else f"node {node} was lost" for node, outcome in enumerate(outcomes)]
+        cause = next(filter(None, causes), "")
+        return replace(verdict, reason=f"{cause}; {verdict.reason}") if cause and verdict.code == ERROR else verdict
 
 
 @dataclass

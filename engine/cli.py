@@ -82,9 +82,10 @@ def say(message: str, code: int) -> int:
 
 
 def _is_first_to_say(message: str) -> bool:
-    # The parent is torchrun's agent; its process id and time of birth name this start of this job, also where ids come again.
-    born = psutil.Process(os.getppid()).create_time()
-    said = f"trireme-{os.getppid()}-{born:.2f}-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    # The parent is torchrun's agent or a supervisor; its process id and time of birth, which differ also where ids come again, and its count of
+    # restarts name this start of this job.
+    born, restart = psutil.Process(os.getppid()).create_time(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    said = f"trireme-{os.getppid()}-{born:.2f}-{restart}-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
     try:
         os.close(os.open(os.path.join(tempfile.gettempdir(), said), os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -19,6 +19,7 @@ import sys
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR1)
 STACKS = signal.SIGUSR2
+DEATH_SIGNAL = 1  # <linux/prctl.h>
 STDERR = 2  # a number, because sys.stderr need not be a file
 
 
@@ -55,5 +56,18 @@ def stacks_into(file_number: int):
 def end_with_parent() -> None:
     """Be sent SIGTERM when the process that started this one dies. Nothing where the kernel cannot do that."""
     if sys.platform.startswith("linux"):
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
+
+
+def end_with(parent: int):
+    """The same for a child that process `parent` is about to start: its preexec_fn, which holds from the child's first instruction."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # loaded here: little is safe between fork and exec
+
+    def prepare() -> None:
+        prctl(DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return prepare

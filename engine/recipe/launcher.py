@@ -9,10 +9,8 @@ the last rank is gone. Left out: several machines, which need one torchrun each.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ import psutil
 
 from engine.config import ConfigError
 from engine.log import read_metrics
+from engine.signals import end_with
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 20       # torchrun needs some to end its ranks
@@ -56,7 +55,7 @@ def torchrun(job: Job, lock: int | None = None) -> int:
         output.write(f"== {' '.join(job.command)}\n".encode())
         output.flush()
         process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                   pass_fds=() if lock is None else (lock,), preexec_fn=_end_with(os.getpid()))
+                                   pass_fds=() if lock is None else (lock,), preexec_fn=end_with(os.getpid()))
         progress = Progress(job)
         try:
             while True:
@@ -85,20 +84,6 @@ def end(process: subprocess.Popen) -> None:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 survivor.kill()
         process.wait()
-
-
-def _end_with(parent: int):
-    """For a child of ours: be told (SIGTERM) when this process dies in whatever way. Nothing where the kernel cannot do that."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1      # loaded here: little is safe between fork and exec
-
-    def prepare() -> None:
-        prctl(set_death_signal, signal.SIGTERM)
-        if os.getppid() != parent:      # it died before the line above
-            os._exit(1)
-
-    return prepare
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 from yaml import YAMLError
 
+from engine.launch_sections import Slurm
 from engine.model_sections import Model
 from engine.models import FAMILIES, family_defaults
 from engine.online_sections import Grpo, Ppo, RewardPart, Rollout
@@ -301,6 +302,7 @@ class RunConfig(Section):
     grpo: Grpo = Grpo()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    slurm: Slurm = Slurm()
 
 
 def load_config(path: str | Path, overrides: list[str] = (), world_size: int | None = None, instead: dict[str, Any] | None = None) -> RunConfig:

@@ -14,13 +14,14 @@ FOLDERS = ("engine", "data_tools", "launch", "examples", "csrc")
 ENGINES = {"megatron", "transformer_engine", "apex"}
 
 # Who may import whom inside the project; a name stands for everything below it. The open ones are for all of engine.
-OPEN = {"engine.config", "engine.section", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
+OPEN = {"engine.config", "engine.section", "engine.launch_sections", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
         "engine.sampling", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.stage", "engine.log"}
 MAY_IMPORT = {
     "engine.config": {"engine.checks", "engine.models"},
     "engine.checks": {"engine.stages"},
     "engine.models": {"engine.models"},
     "engine.section": set(),
+    "engine.launch_sections": set(),
     "engine.model_sections": set(),
     "engine.safety_sections": set(),
     "engine.stage_sections": set(),
@@ -33,8 +34,10 @@ MAY_IMPORT = {
     "engine.hashes": set(),
     "engine.stage": set(),
     "engine.schedule": set(),
+    "engine.status": set(),
     "engine.metrics": set(),
-    "engine.log": set(),
+    "engine.log": {"engine.slurm"},
+    "engine.slurm": {"engine.slurm", "engine.stages"},
     "engine.losses": set(),
     "engine.rl": set(),
     "engine.rewards": {"engine.rewards", "engine.data", "data_tools"},
@@ -47,7 +50,7 @@ MAY_IMPORT = {
     "engine.write": {"engine.train", "engine.score", "engine.data", "engine.hf", "engine.mcore", "data_tools"},
     "engine.conversions": {"engine.hf", "engine.mcore", "data_tools"},
     "engine.recipe": {"engine.recipe", "engine.stages", "engine.schedule", "engine.metrics"},
-    "engine.cli": {"engine.train", "engine.mcore", "engine.stages"},
+    "engine.cli": {"engine.slurm", "engine.train", "engine.mcore", "engine.stages"},
     "data_tools": {"data_tools", "engine.data", "engine.config", "engine.log", "engine.run_folder", "engine.schedule", "engine.stages"},
     "launch": {"engine", "data_tools"},
     "examples": {"engine", "data_tools"},

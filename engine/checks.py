@@ -20,7 +20,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope,
               _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
-              _replay, _caps, _by_source, _fim, _anneal, _average, adapters.problems, ladder.problems, ladder.lengths)
+              _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
         for check in (_world, _expert_world, _world_batch, _world_rampup):
@@ -528,6 +528,11 @@ def _fim(run):
 def _anneal(run):
     if run.stage == "anneal" and run.schedule.warmup_steps:
         yield f"stage=anneal has no warm-up, but schedule.warmup_steps({run.schedule.warmup_steps}); set it to 0, or take stage=continued"
+
+
+def _rollback(run):
+    if run.faults.spike == "rollback" and not run.checkpoint.save_every:
+        yield "faults.spike=rollback goes back to a checkpoint, but checkpoint.save_every is 0; set it, or faults.spike=skip"
 
 
 def _average(run):

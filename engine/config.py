@@ -22,7 +22,7 @@ from engine.model_sections import Model
 from engine.models import FAMILIES, family_defaults
 from engine.online_sections import Grpo, Ppo, RewardPart, Rollout
 from engine.run_folder import find
-from engine.safety_sections import Checkpoint
+from engine.safety_sections import Checkpoint, Faults
 from engine.section import Section, Unreadable  # noqa: F401 (Unreadable: for engine/checks.py)
 from engine.stage_sections import Anneal, Average, Chat, Dpo, LongContext, Lora, Reward, Tune
 
@@ -301,6 +301,7 @@ class RunConfig(Section):
     ppo: Ppo = Ppo()
     grpo: Grpo = Grpo()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     log: Log = Log()
     slurm: Slurm = Slurm()
 

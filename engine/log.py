@@ -8,7 +8,8 @@
 
 A record is a dict of plain numbers with at least: step, loss, grad_norm, lr, consumed_samples, tokens (of this step),
 step_time_s, tokens_per_s. Known beside them: data_wait_s (of it: waiting for data), global_batch, tflops_per_device, mfu, peak_memory_gib, loss_scale, num_zeros,
-params_norm, skipped (true where the loss scaler skipped the update), moe (a dict of losses). Anything else is written too,
+params_norm, skipped (true where no update was taken: by the loss scaler, or for the reason in `why`), spike (how far the loss is above the
+recent ones, where engine/faults.py finds one), moe (a dict of losses). Anything else is written too,
 nested dicts included; TensorBoard names those outer/inner.
 
     run.dir/config.yaml  env.json  status.json  metrics.jsonl  tb/  logs/rank_00000.log
@@ -88,13 +89,13 @@ class RunLog:
 
     def step(self, record: dict) -> None:
         """One optimizer step; see the top of this file for the keys."""
+        step = record["step"]
+        self._at = {"step": step, "consumed_samples": record["consumed_samples"]}
         if not self.is_writer:
             return
-        step = record["step"]
         self._append(record, first_step=step)
         for sink in self._sinks:
             sink.write(step, flatten(record))
-        self._at = {"step": step, "consumed_samples": record["consumed_samples"]}
         self._interval.add(record)
         if self._bar:
             self._bar.show(record)
@@ -170,6 +171,20 @@ class RunLog:
         for handler in self._handlers:
             self._logger.removeHandler(handler)
             handler.close()
+
+    def abandon(self, reason: str) -> None:
+        """This process, of any rank, is about to end without closing anything: status.json says failed."""
+        self._write_status("failed", reason)
+
+    @property
+    def path(self) -> Path:
+        """This rank's log."""
+        return Path(self._handlers[0].baseFilename)
+
+    @property
+    def file_number(self) -> int:
+        """The descriptor of this rank's log, for what must write without Python's help."""
+        return self._handlers[0].stream.fileno()
 
     def _append(self, record: dict, first_step: int) -> None:
         if self._metrics is None:

@@ -9,11 +9,11 @@ also while a checkpoint is being written. When whoever started this process dies
 rank stays behind. Left out: SIGINT, which ends a run at once, and signals that cannot be caught.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import signal
 import sys
-from pathlib import Path
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR1)
 STACKS = signal.SIGUSR2
@@ -39,16 +39,14 @@ class Signals:
         self.received = self.received or number
 
 
-class Stacks:
-    """SIGUSR2 writes the stacks of all threads into `path`, also while the main thread waits in C++, and after that to stderr."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "ab")
-        faulthandler.register(STACKS, file=self.file, chain=signal.getsignal(STACKS) not in (signal.SIG_DFL, None))
-
-    def close(self) -> None:
+@contextlib.contextmanager
+def stacks_into(file_number: int):
+    """Meanwhile SIGUSR2 writes the stacks of all threads into a file, also while the main thread waits in C++, and after that to stderr."""
+    faulthandler.register(STACKS, file=file_number, chain=signal.getsignal(STACKS) not in (signal.SIG_DFL, None))
+    try:
+        yield
+    finally:
         faulthandler.unregister(STACKS)
-        self.file.close()
 
 
 def end_with_parent() -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine import metrics, schedule
+from engine import metrics, rollback, schedule
 from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.hf.convert import beside_checkpoint, check_expressible
@@ -30,14 +30,16 @@ from engine.data.buffers import Pool
 from engine.data.ledger import Ledger, history
 from engine.data.loader import Loader, Prefetcher, outline
 from engine.data.replica import Replica
-from engine.faults import Asked, Switches
+from engine.faults import Asked, Guard, Switches, TrainingStopped
 from engine.log import RunLog
-from engine.mcore import build, checkpoint, observe, topology
+from engine.mcore import build, checkpoint, observe, replicas, topology
 from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
-from engine.mcore.run import NonFiniteGradient, ParallelModel
+from engine.mcore.run import ParallelModel, Result
 from engine.stage import Batch, Role
+from engine.signals import stacks_into
 from engine.stages import build_stage
+from engine.watch import Watch
 
 
 def train(run, signals=None) -> str:
@@ -54,7 +56,8 @@ def train(run, signals=None) -> str:
         for part in stage.runs(run, Trainer(run, stage, place)):  # one, but for stages that are a ladder of runs
             log = RunLog(part, place.rank, place.world_size, place.dp)
             try:
-                asked = Trainer(part, stage, place, log, switches).train()
+                with stacks_into(log.file_number), Watch(part.faults.hang_seconds, log.path.parent, place, log) as watch:
+                    asked = Trainer(part, stage, place, log, switches, watch).train()
                 log.close(asked.leave or "done", asked.reason)
             except BaseException as error:
                 log.close("failed", str(error) or type(error).__name__)
@@ -69,8 +72,8 @@ class Trainer:
 
     copies = replica = None  # engine/data/feed.py's, and replica.py's where one rank reads for others
 
-    def __init__(self, run, stage, place, log=None, switches=None):
-        self.run, self.stage, self.place, self.log, self.switches = run, stage, place, log, switches
+    def __init__(self, run, stage, place, log=None, switches=None, watch=None):
+        self.run, self.stage, self.place, self.log, self.switches, self.watch = run, stage, place, log, switches, watch
 
     def train(self) -> Asked:
         """The loop. Returns why it ended before the last step, if it did."""
@@ -82,15 +85,11 @@ class Trainer:
         self.models = {name: self._network(name, role) for name, role in stage.roles.items()}
         self.trained = {name: model for name, model in self.models.items() if stage.roles[name].train}
         self.first, *_ = self.trained.values()  # what a checkpoint is of; it holds the others beside it
-        self.average = Average(self.first, run.average, schedule.planned_steps(run.train))
+        self.guard = Guard(run.faults, switches, log.note)
         position = self._start()
-        loader, self.validation = self._loaders()
-        self.ledger = self._ledger(loader.dataset, position)
-        log.resume(position.step)
+        loader = self._begin(position)
         clock = Clock(run)
-        started = saved = position.step
-        self._remember_validations(position.step)
-        if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
+        if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not position.step):
             self._validate(position)
 
         asked = switches.ask()
@@ -101,34 +100,38 @@ class Trainer:
                 drawn = stage.draw(feed, self.models)
                 updates = Updates(self.trained)
                 for batch in stage.prepare(drawn, self.models):
-                    for name, model in self.trained.items():
+                    for name in self.trained:
                         if stage.learns(name, feed.step):
-                            result = model.forward_backward(batch)
-                            _refuse_nan(result.loss, "loss" if model is self.first else f"{name}'s loss", feed, updates)
-                            norm = _step(model, lr * self._relative_rate(name), feed, updates)
-                            updates.add(name, batch, result, norm)
+                            updates.add(name, batch, *self._learn(name, batch, lr, feed))
                 before, position = position, feed.position(position)
                 self.average.after_step(position.step)
                 record = _record(run, place, before, position, updates, lr, clock.lap(), self.first)
-                log.step({**record, "data_wait_s": feed.waited(), **self._read(position), **stage.report()})
+                log.step({**record, "data_wait_s": feed.waited(), **self._read(position), **stage.report(), **self.guard.report()})
+                self.watch.beat()
+                if self.guard.wants_rollback and (earlier := self._roll_back(position, feed)):
+                    position = earlier
+                    continue
+                if _due(run.faults.replica_check_every, position.step):
+                    self._compare_replicas(position)
                 if _due(run.train.eval_every, position.step):
                     self._validate(position)
                 asked = switches.ask()
                 if _due(run.checkpoint.save_every, position.step) or asked.save:
-                    saved = self._save(position)
+                    self._save(position)
                 clock.collect_garbage(position.step)
 
         asked = asked if self._goes_on(position) else Asked()
         is_hurried = asked.leave in ("requeue", "stopped")
         if run.train.eval_samples and self.validated != position.step and not is_hurried:
             self._validate(position)
-        if (run.checkpoint.save_at_end or is_hurried) and saved != position.step:
+        if (run.checkpoint.save_at_end or is_hurried) and self.saved != position.step:
             self._save(position)
+        self.watch.rest()
         found = None if is_hurried else stage.finish(run, self.first)
         if found:
             log.measured(run.stage, position.step, found)
         if self.replica:
-            log.note(f"data: {sum(one.num_samples_read for one in (loader, *self.validation.values()))} samples read on this rank, "
+            log.note(f"data: {sum(one.num_samples_read for one in (feed.loader, *self.validation.values()))} samples read on this rank, "
                      f"{self.replica.num_bytes_received} bytes received")
             self.replica.close()
         return asked
@@ -164,7 +167,30 @@ class Trainer:
         self._load_start(role, model, is_first=False, run=run)
         return model
 
-    # --- the parts of the loop, in the order in which it calls them -----------------------------------------------------
+    # --- the parts of the loop ------------------------------------------------------------------------------------------
+
+    def _learn(self, name: str, batch, lr: float, feed) -> tuple[Result, float | None]:
+        """One update of a role, unless it would do harm. Returns what was found and the gradient norm, None where the update was skipped."""
+        model = self.trained[name]
+        result = model.forward_backward(batch)
+        norm = model.gradient_norm(lr * self._relative_rate(name), feed.step)
+        if self.guard.verdict(name, model, result, norm, feed, is_first=model is self.first):
+            model.skip_update()
+            return result, None
+        if norm is not None:
+            model.update(norm)
+        return result, norm
+
+    def _compare_replicas(self, position: Position) -> None:
+        """Raises TrainingStopped where ranks that must hold the same weights do not, unless faults.replica_mismatch is warn."""
+        found = [problem if model is self.first else f"{name}: {problem}" for name, model in self.trained.items() for problem in replicas.mismatches(model)]
+        if not found:
+            return
+        told = f"after step {position.step}, {'; '.join(found[:4])}" + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+        if self.run.faults.replica_mismatch == "stop":
+            raise TrainingStopped(f"{told}. Checkpoints after step {max(0, position.step - self.run.faults.replica_check_every)} may hold it; start again from one before, "
+                                  "and without that machine until its memory was tested")
+        self.log.note(told)
 
     def _goes_on(self, position: Position) -> bool:
         return position.step < schedule.planned_steps(self.run.train) and not self.has_reached_goal
@@ -195,7 +221,7 @@ class Trainer:
         unknown = run.checkpoint.roles.keys() - {*self.stage.roles, *type(self.stage).roles}
         if unknown:
             raise ValueError(f"checkpoint.roles names {', '.join(sorted(unknown))}, but stage {run.stage} has the roles {', '.join(self.stage.roles)}")
-        own = checkpoint.find(Path(run.run.dir) / "checkpoints")
+        own = self._own_checkpoint()
         position = Position()
         for name, model in self.models.items():
             is_first = model is self.first
@@ -207,13 +233,81 @@ class Trainer:
                 if model.pull:
                     model.pull.remember(model.chunks)
         if own is not None:
-            position = checkpoint.load(self.first, own)
-            for name, model in self.trained.items():
-                if model is not self.first:
-                    checkpoint.load(model, own / "roles" / name)
-            self.stage.restore(checkpoint.read_stage(own))
-            self.average.resume(Path(run.run.dir) / "average", position.step)
-            self.log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
+            return self._resume(own)
+        self.average, self.read_until = self._new_average(), position.consumed_samples
+        return position
+
+    def _own_checkpoint(self) -> Path | None:
+        """The newest of run.dir, or, where the run has gone back since that was written, the one that it went back to."""
+        root = Path(self.run.run.dir) / "checkpoints"
+        self.rollbacks = _of_first_rank(lambda: rollback.read(root.parent))
+        own = checkpoint.find(root)
+        entry = own and rollback.unknown_to(self.rollbacks, _num_rollbacks(own))
+        return self._gone_back(entry) if entry else own
+
+    def _gone_back(self, entry: rollback.Entry) -> Path | None:
+        """The checkpoint to go on from; newer ones are set aside."""
+        folder = Path(self.run.run.dir)
+        if self.place.rank == 0:
+            rollback.set_aside_newer(folder, entry.to_step)
+        return _of_first_rank(lambda: rollback.newest(folder / "checkpoints", entry.to_step))
+
+    def _resume(self, own: Path) -> Position:
+        """Take everything from a checkpoint of this run. Where the run went back to it, the data goes on behind what was read by then."""
+        run = self.run
+        position = checkpoint.load(self.first, own)
+        for name, model in self.trained.items():
+            if model is not self.first:
+                checkpoint.load(model, own / "roles" / name)
+        state = checkpoint.read_stage(own)
+        self.stage.restore(state)
+        self.guard.restore(state.get("faults", {}))
+        self.average = self._new_average()
+        self.average.resume(Path(run.run.dir) / "average", position.step)
+        self.read_until = position.consumed_samples
+        entry = rollback.unknown_to(self.rollbacks, _num_rollbacks(own))
+        if entry and entry.to_step == position.step:
+            position = replace(position, consumed_samples=entry.next_sample)
+        self.log.note(f"resumed {own} at step {position.step}, {position.consumed_samples} samples consumed")
+        return position
+
+    def _new_average(self) -> Average:
+        return Average(self.first, self.run.average, schedule.planned_steps(self.run.train))
+
+    def _begin(self, position: Position) -> Loader:
+        """Open the data and the log where the run stands. Returns the training loader."""
+        loader, self.validation = self._loaders(position)
+        self.ledger = Ledger(loader.dataset)
+        self.ledger.begin(self.read_until, *history(self.run))
+        self.log.resume(position.step)
+        self.saved = position.step
+        self._remember_validations(position.step)
+        return loader
+
+    def _roll_back(self, position: Position, feed) -> Position | None:
+        """After a spike: go back to a checkpoint of faults.rollback_steps ago or earlier, and on with the data behind this step's. None where
+        there is no such checkpoint. Raises TrainingStopped after faults.max_rollbacks."""
+        wanted, why = self.run.faults, self.guard.wants_rollback
+        self.guard.wants_rollback = ""
+        if len(self.rollbacks) >= wanted.max_rollbacks:
+            raise TrainingStopped(f"step {position.step}: {why}. The run has gone back faults.max_rollbacks={wanted.max_rollbacks} times "
+                                  f"({rollback.NAME} says where from); lower optim.lr, or look at the data")
+        root = Path(self.run.run.dir) / "checkpoints"
+        found = _of_first_rank(lambda: rollback.newest(root, position.step - wanted.rollback_steps))
+        if found is None:
+            self.log.note(f"no checkpoint of step {position.step - wanted.rollback_steps} or before to go back to")
+            return None
+        earlier = checkpoint.read_position(found)
+        entry = rollback.Entry(position.step, earlier.step, earlier.consumed_samples, position.consumed_samples, why)
+        if self.place.rank == 0:
+            rollback.record(root.parent, entry)
+        self.rollbacks.append(entry)
+        self.log.note(f"going back from step {entry.at_step} to {entry.to_step}; samples {entry.first_sample} to {entry.next_sample - 1} are passed over")
+        feed.close()
+        if self.replica:
+            self.replica.close()
+        position = self._resume(self._gone_back(entry))
+        feed.start(self._begin(position), position)
         return position
 
     def _load_start(self, name: str, model, is_first: bool, run=None) -> Position:
@@ -227,7 +321,7 @@ class Trainer:
             self.log.note(f"{name}: loaded {folder}" + ("" if with_optimizer else ", weights only"))
         return position if with_optimizer and run.checkpoint.load_position else Position()
 
-    def _loaders(self) -> tuple[Loader, dict[str, Loader]]:
+    def _loaders(self, position: Position) -> tuple[Loader, dict[str, Loader]]:
         """The training loader, long enough for every planned step, and one per validation set."""
         run, place = self.run, self.place
         kind = moving.buffer_kind(run, place.device)
@@ -236,16 +330,19 @@ class Trainer:
                 raise ConfigError([f"data.read_on=first_rank, but stage={run.stage} looks at its data on every rank; set data.read_on=every_rank"])
             if place.tp * place.pp * place.cp > 1:
                 self.replica = Replica(place, run.run.timeout_minutes, not self.stage.reads_text_everywhere, kind == "shared")
-        train, valid = self._datasets()
+        train, valid = self._datasets(position)
         self.stage.begin(run, self, [train, *valid.values()])
         ahead, now = (self.replica.ahead, self.replica.now) if self.replica else (None, None)
         pools = Pool(kind), Pool("shared" if kind == "shared" else "plain")  # a validation batch is waited for, so pinning it would gain nothing
         return self.loader(train, pools[0], ahead), {name: self.loader(dataset, pools[1], now) for name, dataset in valid.items()}
 
-    def _datasets(self):
+    def _datasets(self, position: Position):
         """The stage's, or on a rank that is told its batches by another their outlines."""
         run, found = self.run, None
-        num_train = max(schedule.consumed_samples_after(schedule.planned_steps(run.train), run.train), 1)
+        planned = schedule.planned_steps(run.train)
+        num_train = max(schedule.consumed_samples_after(planned, run.train), 1)
+        if self.rollbacks:  # samples were passed over
+            num_train = position.consumed_samples + sum(size for _, size in _global_batches(run.train, position.consumed_samples, planned - position.step))
 
         def outlines():
             nonlocal found
@@ -256,12 +353,6 @@ class Trainer:
             return self.stage.datasets(run, num_train, _num_valid(run))
         told = self.replica.told(outlines)
         return found or told
-
-    def _ledger(self, dataset, position: Position) -> Ledger:
-        """What was read of each source so far."""
-        ledger = Ledger(dataset)
-        ledger.begin(position.consumed_samples, *history(self.run))
-        return ledger
 
     def _read(self, position: Position) -> dict:
         """The ledger's part of a step's record: with every console line, since there may be many sources."""
@@ -308,6 +399,8 @@ class Trainer:
         """Mean loss over train.eval_samples, if the stage validates one, and the means of the stage's metrics."""
         sums = Counter()
         for first in range(0, _num_valid(self.run), self.run.train.global_batch):
+            if self.validated:  # not before the first step
+                self.watch.beat()
             for found in self._found(loader.batches(first, self.run.train.global_batch)):
                 for name, (total, count) in found.items():
                     sums.update({(name, "sum"): total, (name, "count"): count})
@@ -323,17 +416,19 @@ class Trainer:
                 found[name] = self.first.total(torch.stack([x.double().reshape(()) for x in pair])).tolist()
             yield found
 
-    def _save(self, position: Position) -> int:
+    def _save(self, position: Position) -> None:
         if self.average.num_taken:
             self.average.save(Path(self.run.run.dir) / "average", position)
         others = {name: model for name, model in self.trained.items() if model is not self.first}
-        state = {**self.stage.state(), **self.ledger.state(position.consumed_samples)}
+        faults = {**self.guard.state(), "rollbacks": len(self.rollbacks)}
+        state = {**self.stage.state(), **self.ledger.state(position.consumed_samples), "faults": faults}
         folder = checkpoint.save(self.first, Path(self.run.run.dir) / "checkpoints", position, others, state)
         self.log.note(f"saved {folder}")
         self.switches.was_saved()
         if self.run.checkpoint.also_save_hf:
             self._save_hf(folder, position)
-        return position.step
+        self.saved = position.step
+        self.watch.beat()
 
     def _save_hf(self, folder: Path, position: Position) -> None:
         """The Hugging Face folder of a checkpoint, by rank 0. Neither a full disk nor a tokenizer that has gone ends training."""
@@ -346,10 +441,6 @@ class Trainer:
         dist.barrier()
 
 
-class TrainingStopped(ValueError):
-    """Training cannot go on without a person; no weight was changed by the step that is named."""
-
-
 def _of_checkpoint(run, role: str, folder: Path):
     """The run with the model of a role's own checkpoint. Raises ConfigError where this layout cannot hold it."""
     written = checkpoint.read_config(folder)
@@ -357,6 +448,18 @@ def _of_checkpoint(run, role: str, folder: Path):
     if problems := set(cross_checks(changed, None)) - set(cross_checks(run, None)):
         raise ConfigError([f"checkpoint.roles.{role}={folder}: {problem}" for problem in sorted(problems)])
     return changed
+
+
+def _of_first_rank(find):
+    """What find() returns on rank 0, on every rank: a shared folder need not look the same everywhere."""
+    told = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _num_rollbacks(folder: Path) -> int:
+    """Of how many rollbacks the checkpoint knows."""
+    return checkpoint.read_stage(folder).get("faults", {}).get("rollbacks", 0)
 
 
 def _num_valid(run) -> int:
@@ -374,13 +477,18 @@ class Feed:
     ahead = 0
 
     def __init__(self, run, loader, position: Position, freely: bool, copies=None):
-        self.run, self.step, self._waited = run, position.step, 0.0
+        self.run, self.freely, self._waited = run, freely, 0.0
+        self._start_copies = copies.start if copies else lambda micro_batches: None
+        self.start(loader, position)
+
+    def start(self, loader, position: Position) -> None:
+        """Go on from `position`."""
+        self.loader, self.step, self.ahead = loader, position.step, 0
         self._ends = [position.consumed_samples]  # of the global batches taken, from the last one that an earlier step used
-        planned = None if freely else schedule.planned_steps(run.train) - position.step
-        taken, read = (_global_batches(run.train, position.consumed_samples, planned) for _ in range(2))
-        self._sizes = taken
-        start = copies.start if copies else lambda micro_batches: None
-        self._batches = Prefetcher(loader, read, run.data.prefetch, start) if run.data.prefetch else self._one_by_one(loader, read, start)
+        planned = None if self.freely else schedule.planned_steps(self.run.train) - position.step
+        self._sizes, read = (_global_batches(self.run.train, position.consumed_samples, planned) for _ in range(2))
+        depth = self.run.data.prefetch
+        self._batches = Prefetcher(loader, read, depth, self._start_copies) if depth else self._one_by_one(loader, read, self._start_copies)
 
     @staticmethod
     def _one_by_one(loader, positions, start):
@@ -403,6 +511,10 @@ class Feed:
         if self.run.data.prefetch:
             self._batches.__exit__(*error)
 
+    def close(self) -> None:
+        """Read no further."""
+        self.__exit__(None, None, None)
+
     def waited(self) -> float:
         """Seconds that the loop has waited for data since this was last asked."""
         waited, self._waited = self._waited, 0.0
@@ -417,6 +529,14 @@ class Feed:
     def samples(self) -> str:
         """What the step underway has read."""
         return f"samples {self._ends[0]} to {self._ends[-1] - 1}"
+
+    def numbers(self, replica: int, micro_batches: list[int]) -> list[int]:
+        """The samples of these micro-batches of a replica in the step underway; none where a stage makes its own batches of what it draws."""
+        if self.freely:
+            return []
+        loader = Loader(self.loader.dataset, self.run.train.micro_batch, replica, self.loader.dp_size)
+        rows = loader.sample_numbers(self._ends[0], self._ends[-1] - self._ends[0])
+        return [int(number) for i in micro_batches for number in rows[i]]
 
 
 def _global_batches(train, consumed: int, num: int | None):
@@ -451,25 +571,6 @@ class Updates:
         """Mean gradient norm of the updates that were taken; NaN without any."""
         taken = [norm for norm in self.norms[name] if norm is not None]
         return sum(taken) / len(taken) if taken else float("nan")
-
-
-def _step(model, lr: float, feed: Feed, updates: Updates) -> float | None:
-    try:
-        return model.step(lr, feed.step)
-    except NonFiniteGradient as error:
-        raise _stopped(str(error), feed, updates) from None
-
-
-def _refuse_nan(value: float, what: str, feed: Feed, updates: Updates) -> None:
-    if not math.isfinite(value):
-        raise _stopped(f"the {what} is {value}", feed, updates)
-
-
-def _stopped(what: str, feed: Feed, updates: Updates) -> TrainingStopped:
-    taken = sum(map(len, updates.norms.values()))
-    weights = f"the weights are those of step {feed.step - 1}" + (f" and {taken} more updates" if taken else "")
-    return TrainingStopped(f"step {feed.step}: {what} on {feed.samples()}; {weights}. "
-                           "Lower optim.lr, look at these samples (data_tools/peek.py), or resume from an earlier checkpoint")
 
 
 def _record(run, place, before: Position, position: Position, updates: Updates, lr: float, seconds: float, model) -> dict:

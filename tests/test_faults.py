@@ -3,12 +3,14 @@
 Faults that end a process are met by processes of their own; the others on ranks that stay up.
 """
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -32,31 +34,41 @@ def column(lines, name) -> list:
     return [line[name] for line in lines]
 
 
-def command_line(path, meddle=None, *args):
-    """On a rank: the exit code of launch/pretrain.py with this configuration. meddle(step, *args) is called when a step has been logged."""
+def meddled(meddle, act):
+    """act() while meddle(model, number) is called after each forward and backward pass, counted from 1."""
+    from engine.mcore.run import ParallelModel
+
+    honest, count = ParallelModel.forward_backward, itertools.count(1)
+
+    def forward_backward(self, micro_batches):
+        result = honest(self, micro_batches)
+        return meddle(self, next(count), result) or result
+
+    ParallelModel.forward_backward = forward_backward
+    try:
+        return act()
+    finally:
+        ParallelModel.forward_backward = honest
+
+
+def command_line(path, meddle, *args):
+    """On a rank: the exit code of launch/pretrain.py with this configuration."""
     from engine import cli
-    from engine.log import RunLog
     from engine.stages import TEXT
 
-    honest = RunLog.step
+    sys.argv = ["pretrain.py", path]
+    return meddled(partial(meddle, *args), lambda: cli.main("", TEXT))
 
-    def step(self, record):
-        honest(self, record)
-        if meddle:
-            meddle(record["step"], *args)
 
-    RunLog.step, sys.argv = step, ["pretrain.py", path]
-    try:
-        return cli.main("", TEXT)
-    finally:
-        RunLog.step = honest
+def leave_alone(model, step, result):
+    pass
 
 
 @pytest.fixture
 def start(tmp_path):
     """start(num_ranks, raw, meddle, *args) -> exit codes of the ranks."""
 
-    def start(num_ranks, raw, meddle=None, *args):
+    def start(num_ranks, raw, meddle=leave_alone, *args):
         path = tmp_path / "run.yaml"
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
         return ranks.run(num_ranks, command_line, str(path), meddle, *args)
@@ -67,7 +79,7 @@ def start(tmp_path):
 # --- what a run is asked from outside ----------------------------------------------------------------------------------
 
 
-def signal_to_one_rank(step, number, rank, at):
+def signal_to_one_rank(number, rank, at, model, step, result):
     if step == at and os.environ["RANK"] == str(rank):
         os.kill(os.getpid(), number)
 
@@ -90,7 +102,7 @@ def test_a_signal_after_the_last_step_changes_nothing(raw_run, start):
     assert status(raw_run)["state"] == "done"
 
 
-def touch(step, path, at):
+def touch(path, at, model, step, result):
     if step == at and os.environ["RANK"] == "0":
         Path(path).touch()
 

@@ -14,10 +14,10 @@ FOLDERS = ("engine", "data_tools", "launch", "examples", "csrc")
 ENGINES = {"megatron", "transformer_engine", "apex"}
 
 # Who may import whom inside the project; a name stands for everything below it. The open ones are for all of engine.
-OPEN = {"engine.config", "engine.section", "engine.launch_sections", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
-        "engine.sampling", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.stage", "engine.log"}
+OPEN = {"engine.config", "engine.section", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
+        "engine.sampling", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.stage", "engine.log", "engine.signals"}
 MAY_IMPORT = {
-    "engine.config": {"engine.checks", "engine.models"},
+    "engine.config": {"engine.checks", "engine.models", "engine.launch_sections"},
     "engine.checks": {"engine.stages"},
     "engine.models": {"engine.models"},
     "engine.section": set(),
@@ -34,10 +34,14 @@ MAY_IMPORT = {
     "engine.hashes": set(),
     "engine.stage": set(),
     "engine.schedule": set(),
-    "engine.status": set(),
     "engine.metrics": set(),
     "engine.log": {"engine.slurm"},
     "engine.slurm": {"engine.slurm", "engine.stages"},
+    "engine.status": set(),
+    "engine.signals": set(),
+    "engine.faults": set(),
+    "engine.watch": set(),
+    "engine.rollback": set(),
     "engine.losses": set(),
     "engine.rl": set(),
     "engine.rewards": {"engine.rewards", "engine.data", "data_tools"},
@@ -45,7 +49,8 @@ MAY_IMPORT = {
     "engine.stages": {"engine.stages", "engine.data", "engine.losses", "engine.rl", "engine.rewards", "engine.schedule"},
     "engine.hf": {"engine.hf", "engine.data.chat"},
     "engine.mcore": {"engine.mcore"},
-    "engine.train": {"engine.checks", "engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics"},
+    "engine.train": {"engine.checks", "engine.stages", "engine.data", "engine.mcore", "engine.hf", "engine.schedule", "engine.metrics", "engine.faults",
+                     "engine.watch", "engine.rollback"},
     "engine.score": {"engine.train", "engine.data", "engine.mcore", "engine.losses", "data_tools"},
     "engine.write": {"engine.train", "engine.score", "engine.data", "engine.hf", "engine.mcore", "data_tools"},
     "engine.conversions": {"engine.hf", "engine.mcore", "data_tools"},

@@ -2,7 +2,8 @@
 
     model = ParallelModel(run, topology, stage, "policy")
     result = model.forward_backward(micro_batches)      # loss and metrics of the global batch, equal on every rank
-    norm = model.step(lr)                               # reduce, clip, update; None when fp16 skipped the step
+    norm = model.step(lr)                               # reduce, clip, update; None when fp16 skipped the step. In two parts:
+    norm = model.gradient_norm(lr)                      # and then update(norm) or skip_update()
 
 A micro-batch enters as [b, s] tensors, the same on every tp, pp and cp rank of a dp replica. This file cuts it for context
 parallel, runs the network, brings its output (log-probabilities or values) back to [b, s] and hands it to the stage's loss.
@@ -10,6 +11,7 @@ The loss is divided by the global count before the backward pass, so gradients n
 sensible numbers. Left out: which samples, and when to stop (engine/train.py).
 """
 
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +118,7 @@ class ParallelModel:
 
     def forward_backward(self, micro_batches: list[dict]) -> Result:
         """Gradients of one global batch, accumulated over this replica's micro-batches. Weights stay."""
+        self._biases = self._router_biases()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -125,24 +128,51 @@ class ParallelModel:
         self.last = result.means
         return result
 
-    @torch.no_grad()
     def step(self, lr: float, number: int = 1) -> float | None:
-        """Update the weights with learning rate lr; `number` counts steps from 1. Returns the gradient norm before clipping, or None if
-        fp16 overflowed and the step was skipped. Raises NonFiniteGradient, weights unchanged, when fp32 or bf16 gradients are not finite."""
+        """gradient_norm and, unless fp16 overflowed, update. Raises NonFiniteGradient, weights unchanged, when the norm is not finite."""
+        norm = self.gradient_norm(lr, number)
+        if norm is None:
+            return None
+        if not math.isfinite(norm):
+            self.skip_update()
+            raise NonFiniteGradient(f"the gradient norm is {norm}")
+        self.update(norm)
+        return norm
+
+    @torch.no_grad()
+    def gradient_norm(self, lr: float, number: int = 1) -> float | None:
+        """Make the gradients ready for an update with learning rate lr; `number` counts steps from 1. Returns their global norm before
+        clipping, or None if fp16 overflowed and the loss scaler skips the update. `update` or `skip_update` follows. Collective."""
         tune.set_rates(self.optimizer, self.run, lr, number)
         if self.pull:
             self.pull.add_gradient(self.chunks, self.loss_scale)
         tune.drop_frozen_gradients(self.chunks, self.run, number)
-        if self._prepare_gradients():
-            return None
-        norm = float(self.optimizer.get_grad_norm())
-        if not norm < float("inf"):
-            raise NonFiniteGradient(f"the gradient norm is {norm}")
+        return None if self._prepare_gradients() else float(self.optimizer.get_grad_norm())
+
+    @torch.no_grad()
+    def update(self, norm: float) -> None:
+        """Clip the gradients, whose norm this is, and update the weights. Collective."""
         self._clip(norm)
         self.optimizer.step_with_ready_grads()
+        self._forget_gradients()
+
+    @torch.no_grad()
+    def skip_update(self) -> None:
+        """Drop the gradients: weights, the optimizer's state and the router's bias are bit for bit what they were before forward_backward."""
+        for bias, before in self._biases:
+            bias.copy_(before)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for parameter in self._fp32_parameters:
             parameter.grad = None  # it aliases main_grad; kept, the next first micro-batch would be counted twice
-        return norm
+
+    def where_not_finite(self) -> tuple[list[int], list[str]]:
+        """Of the last forward_backward: this replica's micro-batches whose loss is not finite (known on its last pp rank), and the parameters
+        of this rank whose gradient is not."""
+        losses = [i for i, report in enumerate(self._reports) if not math.isfinite(report["loss"][0])]
+        parameters = (pair for chunk in self.chunks for pair in build.bare(chunk).named_parameters())
+        return losses, [name for name, parameter in parameters if parameter.requires_grad and not parameter.main_grad.isfinite().all()]
 
     def _prepare_gradients(self) -> bool:
         """Hand the gradients to the optimizer without the loss scale; True if fp16 overflowed. megatron's own prepare_grads moves a
@@ -157,6 +187,12 @@ class ParallelModel:
         overflows = [part._unscale_main_grads_and_check_for_nan() for part in parts]  # of all parts: it is collective
         scaler.update(any(overflows))
         return any(overflows)
+
+    def _router_biases(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each bias by which aux-free balancing steers a router, and a copy: megatron moves it at the end of the backward pass."""
+        if self.run.model.moe.balance != "aux_free":
+            return []
+        return [(buffer, buffer.clone()) for chunk in self.chunks for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
 
     def gather_weights(self) -> None:
         """Complete the weights of this rank before they are read outside a forward pass: with overlap_param_gather the next
@@ -388,7 +424,7 @@ class ParallelModel:
 
     def _reduce(self, outputs: list[dict], count, forward_only: bool) -> Result:
         """Sum the last pp rank's reports over micro-batches and dp, and tell every pp rank."""
-        names = self._names(outputs, forward_only)
+        names, self._reports = self._names(outputs, forward_only), outputs
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=count.device)
         for report in outputs:
             for row, name in enumerate(names):

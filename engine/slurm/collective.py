@@ -2,7 +2,7 @@
 
     bad = compare(problems, run, node, nodes)          # on every rank: {node: [what is wrong]}, the same everywhere
 
-A rank that does not answer in time is named, with its node. Raises Unreachable on a rank that cannot find rank 0. The sum goes over gloo and,
+A rank that does not answer in time is named, with its node. Raises Unreachable on a rank that does not reach rank 0. The sum goes over gloo and,
 on GPUs, over NCCL too, so it meets the network that training will use.
 """
 
@@ -19,7 +19,7 @@ NUM_ELEMENTS = 1 << 20
 
 
 class Unreachable(Exception):
-    """Rank 0 was not found in time."""
+    """Rank 0 was not found, or has gone."""
 
 
 def compare(problems: list[str], run, node: str, nodes: list[str], now: Callable[[], float] = time.time) -> dict[str, list[str]]:
@@ -52,25 +52,27 @@ class Talk:
         """All that is bad so far. judge: on rank 0, with the answers by rank."""
         self.store.set(f"{name}/{self.rank}", answer)
         if self.rank == 0:
-            judge(self._answers(name))
+            judge(self._answers(name, 2 * self.seconds if name == "sum" else self.seconds))     # a collective that fails takes the time once itself
             self.store.set(name, json.dumps(self.bad))
-        self.store.wait([name], datetime.timedelta(seconds=3 * self.seconds))
+        try:
+            self.store.wait([name], datetime.timedelta(seconds=3 * self.seconds))
+        except RuntimeError:
+            raise Unreachable(f"rank 0 on {self.nodes[0]} has stopped answering ({name})") from None
         return json.loads(self.store.get(name))
 
     def leave(self) -> None:
         """Rank 0 holds the store, so it goes last."""
         self.store.set(f"bye/{self.rank}", "")
         if self.rank == 0:
-            self.seconds = min(10, self.seconds)
-            self._answers("bye")
+            self._answers("bye", min(10, self.seconds))
 
-    def _answers(self, name: str) -> dict[int, str]:
-        deadline, found = time.monotonic() + 2 * self.seconds, {}      # twice: a collective that fails takes the time once itself
+    def _answers(self, name: str, seconds: float) -> dict[int, str]:
+        deadline, found = time.monotonic() + seconds, {}
         for rank in range(len(self.nodes)):
             try:
                 self.store.wait([f"{name}/{rank}"], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
             except RuntimeError:
-                self._blame(rank, f"rank {rank} has not answered ({name})")
+                self._blame(rank, f"rank {rank} has not answered in {seconds:g} s ({name}; slurm.check.timeout_seconds)")
             else:
                 found[rank] = self.store.get(f"{name}/{rank}").decode()
         return found
@@ -106,9 +108,9 @@ def _sum_problem(store, rank: int, world: int, seconds: float, on_gpu: bool) -> 
             if backend == "nccl":
                 torch.cuda.set_device(device)
             dist.init_process_group(backend, store=dist.PrefixStore(backend, store), rank=rank, world_size=world, timeout=datetime.timedelta(seconds=seconds))
-            numbers = torch.full((NUM_ELEMENTS,), float(rank + 1), device=device)
+            numbers = torch.full((NUM_ELEMENTS,), float(1 + rank % 2), device=device)
             dist.all_reduce(numbers)
-            wrong = int((numbers != world * (world + 1) / 2).sum())
+            wrong = int((numbers != world + world // 2).sum())
             dist.destroy_process_group()
         except RuntimeError as error:
             return f"the {backend} collective failed: {str(error).splitlines()[0]}"

@@ -119,6 +119,9 @@ class Online(Stage):
         self.validation = Sampling(rollout.max_new_tokens, rollout.eval_temperature, stop_tokens=stop, stop_texts=tuple(rollout.stop),
                                    seed=run.run.seed + 1)
 
+    def restore(self, state):
+        self.ahead = None
+
     def close(self):
         self.scorer.close()
 

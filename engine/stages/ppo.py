@@ -50,6 +50,7 @@ class Ppo(Online):
         return {"kl_coef": self.kl_coef}
 
     def restore(self, state):
+        super().restore(state)
         self.kl_coef = state.get("kl_coef", self.kl_coef)
 
     # --- from answers to advantages ----------------------------------------------------------------------------------------

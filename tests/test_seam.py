@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "engine.schedule": set(),
     "engine.metrics": set(),
     "engine.log": {"engine.slurm"},
-    "engine.slurm": {"engine.slurm", "engine.stages"},
+    "engine.slurm": {"engine.slurm", "engine.checks", "engine.stages"},
     "engine.status": set(),
     "engine.signals": set(),
     "engine.faults": set(),

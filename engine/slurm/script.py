@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checks import cross_checks
 from engine.config import ConfigError, RunConfig, load_config
 from engine.stages import ALIGN
 
@@ -40,9 +41,8 @@ class Request:
 
 def request(config: str, overrides: list[str], chain: int = 0, array: int = 0) -> Request:
     """Read and check a configuration for the cluster that it names. Raises ConfigError, with every mistake."""
-    slurm = load_config(config, overrides).slurm
-    run = load_config(config, overrides, world_size=slurm.nodes * ranks_per_node(slurm))
-    if mistakes := list(problems(run)):
+    run = load_config(config, overrides)
+    if mistakes := [*problems(run), *cross_checks(run, run.slurm.nodes * ranks_per_node(run.slurm))]:
         raise ConfigError(mistakes)
     return Request(Path(config).absolute(), tuple(overrides), run, chain, array)
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine, for as long as a test wants it: munged, slurmctld and two slurmd, all in one folder.
+"""A Slurm cluster on this machine, for as long as a test wants it: munged, slurmctld and three slurmd, all in one folder.
 
     with Cluster(folder) as cluster:
         job = cluster.command("sbatch", "--parsable", "job.sh")
@@ -17,14 +17,14 @@ import subprocess
 import time
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
-# Two nodes that are this machine under two names. Ranks share the two cores, so a node offers more than there are.
+# Nodes that are this machine under several names and so offer more cores than there are. cred_expire is also how long a requeued job waits.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -51,9 +51,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 LaunchParameters=use_interactive_step
-NodeName=n1 NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[1]} CPUs=4 State=UNKNOWN
-NodeName=n2 NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[2]} CPUs=4 State=UNKNOWN
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4
+{nodes}
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4
 """
 
 
@@ -78,7 +77,9 @@ class Cluster:
         folder = self.folder
         for name in ("state", *NODES):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=socket.gethostname(), ports=_free_ports(3)))
+        host, (port, *ports) = socket.gethostname(), _free_ports(1 + len(NODES))
+        nodes = "\n".join(f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={host} Port={own} CPUs=4" for node, own in zip(NODES, ports, strict=True))
+        (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, port=port, nodes=nodes))
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -89,7 +90,7 @@ class Cluster:
             self._start("slurmctld", "-D", "-c")
             for node in NODES:
                 self._start("slurmd", "-D", "-N", node)
-            self.until(lambda: self.command("sinfo", "-h", "-N", "-o", "%N %t").split() == ["n1", "idle", "n2", "idle"], "two idle nodes")
+            self.until(lambda: self.command("sinfo", "-h", "-N", "-o", "%N %t").split() == [word for node in NODES for word in (node, "idle")], "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -121,7 +122,7 @@ class Cluster:
                 raise RuntimeError(f"{', '.join(dead)} ended; see the logs in {self.folder}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no {what} after {seconds:g} s; see the logs in {self.folder}")
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     # --- what a person would type ---------------------------------------------------------------------------------------
 

@@ -117,11 +117,12 @@ def _num_steps(path: Path) -> int | None:
 
 
 def _restarts(folder: Path, slurm: dict) -> int | None:
-    """How often the job, or its chain of jobs, was started again."""
+    """How often the job, its chain of jobs, or the supervisor has started the ranks again; None where nobody counts."""
     begins = [line for line in _last_records(folder / "slurm" / "attempts.jsonl") if line["event"] == "begin"]
-    if begins:
+    if slurm and begins:
         return sum(line["series"] == begins[-1]["series"] for line in begins) - 1
-    return slurm.get("restarts")
+    launches = [line for line in _last_records(folder / "logs" / "supervisor.jsonl") if line["event"] == "launch"]
+    return slurm.get("restarts", launches[-1]["launch"] - 1 if launches else None)
 
 
 def _queue_state(job: str) -> str | None:

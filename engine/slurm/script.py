@@ -78,7 +78,8 @@ def problems(run):
     for mount in slurm.mounts:
         if ":" not in mount or "," in mount:
             yield f"slurm.mounts has {mount!r}; write HOST:CONTAINER, one mount each"
-    for key, value in {"run.dir": run.run.dir, **{f"slurm.{name}": getattr(slurm, name) for name in ("job_name", "account", "partition", "qos", "gres")}}.items():
+    written = {f"slurm.{name}": getattr(slurm, name) for name in ("job_name", "account", "partition", "qos", "gres")}
+    for key, value in {"run.dir": run.run.dir, **written}.items():
         if re.search(r'[\n"%\\]', value):
             yield f"{key}={value!r} cannot stand in an #SBATCH line; use no quotes, backslashes, percent signs or line breaks"
 

@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.hpp)
 
-.PHONY: help setup test test-extras parity bench quickstart clean
+.PHONY: help setup test test-extras slurm-test parity bench quickstart clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -17,6 +17,7 @@ help:
 	@echo "make quickstart  corpus -> tokenizer -> pretraining on 2 CPU ranks -> curve -> Hugging Face folder -> sample"
 	@echo "make test        the whole test suite"
 	@echo "make test-extras tests of optional packages (NVIDIA DALI), which it installs into .venv"
+	@echo "make slurm-test  jobs on a real Slurm, which it installs (Debian, as root) and starts for the tests alone"
 	@echo "make parity      every layout against one rank; writes docs/parity.md"
 	@echo "make bench       every benchmark"
 	@echo "make clean       build outputs and the quickstart's work folder (.venv stays)"
@@ -52,6 +53,10 @@ $(VENV)/.extras: $(VENV)/.installed
 
 test-extras: $(VENV)/.extras
 	$(PY) -m pytest tests/extras
+
+slurm-test: $(VENV)/.installed
+	sh tests/slurm/install.sh
+	TRIREME_SLURM=1 $(PY) -m pytest tests/slurm
 
 parity: $(VENV)/.installed
 	$(PY) tests/parity_table.py --write docs/parity.md

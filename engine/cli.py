@@ -14,6 +14,7 @@ import tempfile
 import psutil
 
 from engine.signals import Signals
+from engine.slurm import tasks
 from engine.stages import ALIGN, STAGES
 
 OK, ERROR, USAGE = 0, 1, 2
@@ -43,6 +44,10 @@ def guarded(config: str, overrides: list[str], act, stages=STAGES, instead: dict
     mistakes are told, not raised."""
     from engine.config import ConfigError, load_config
 
+    try:
+        tasks.adopt()
+    except ValueError as error:
+        return say(f"error: {error}", ERROR)
     try:
         run = load_config(config, overrides, world_size=int(os.environ.get("WORLD_SIZE", 1)), instead=instead)
     except ConfigError as error:
@@ -78,6 +83,9 @@ def say(message: str, code: int) -> int:
     torchrun ends the others as soon as one has left."""
     if "RANK" not in os.environ or _is_first_to_say(message):
         print(message, file=sys.stderr, flush=True)
+        if code == USAGE and (path := os.environ.get("TRIREME_REFUSAL")):  # a Slurm job is not started again for it (engine/slurm/attempts.py)
+            with open(path, "a") as file:
+                file.write(f"{message}\n")
     return code
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from yaml import YAMLError
 
 from engine.foreign import written_config
+from engine.launch_sections import Slurm
 from engine.model_sections import Model
 from engine.models import FAMILIES, family_defaults
 from engine.online_sections import Grpo, Ppo, RewardPart, Rollout
@@ -305,6 +306,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     log: Log = Log()
+    slurm: Slurm = Slurm()
 
 
 def load_config(path: str | Path, overrides: list[str] = (), world_size: int | None = None, instead: dict[str, Any] | None = None) -> RunConfig:

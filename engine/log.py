@@ -33,6 +33,7 @@ from pathlib import Path
 import orjson
 
 from engine.config import ConfigError, RunConfig, dump_config
+from engine.slurm import tasks
 
 # The stages whose loss is that of a language model; parsers of Megatron-LM's console look for this name.
 LM_STAGES = ("pretrain", "continued", "long_context", "anneal", "sft")
@@ -54,10 +55,11 @@ class RunLog:
         self._at = {"step": 0, "consumed_samples": 0}
         self._interval = Interval()
         self._logger, self._handlers = _open_logger(self.dir / "logs" / f"rank_{rank:05d}.log", self.is_writer)
+        self._logger.info(f"rank {rank} of {world_size} on {platform.node()}, process {os.getpid()}", extra={"on_console": False})
         if not self.is_writer:
             return
         _write_whole(self.dir / "config.yaml", dump_config(run).encode())
-        environment = {**_environment(), "world_size": world_size, "dp_size": dp_size}
+        environment = {**_environment(), "world_size": world_size, "dp_size": dp_size, "slurm": tasks.described()}
         _write_whole(self.dir / "env.json", orjson.dumps(environment, option=orjson.OPT_INDENT_2))
         self._write_status("running", "")
         if run.log.progress == "bar" or (run.log.progress == "auto" and sys.stdout.isatty()):

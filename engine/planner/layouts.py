@@ -5,7 +5,7 @@
 A layout is a RunConfig with another `parallel` section, train.micro_batch and train.recompute. engine/checks.py says what is wrong with it, in the
 words a user would read; nothing here knows a rule of its own, but for what is never worth trying: tp and etp beyond a node, cp that leaves a rank
 less than 1,024 tokens of a sequence, cp with micro-batches above 1 (half of either is the same work with less traffic), and micro-batches or vpp
-above 8. zero1 and, under tp, sequence_parallel are on wherever that is legal, since they cost
+above 8 (vpp: where there is a smaller one). zero1 and, under tp, sequence_parallel are on wherever that is legal, since they cost
 no traffic and save memory; so are the overlaps of a dp that there is.
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.checks import cross_checks
+from engine.checks import cross_checks, te_documents
 from engine.config import RunConfig
 
 AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "zero1")
@@ -38,22 +38,23 @@ def placed(run: RunConfig, train: dict | None = None, **parallel) -> RunConfig:
     return run.model_copy(update={**update, "train": run.train.model_copy(update=train)} if train else update)
 
 
-def layouts(base: RunConfig, cluster, pins: dict) -> Iterator[Layout]:
+def layouts(base: RunConfig, cluster, pins: dict, backend: str) -> Iterator[Layout]:
     """All of them for `base`, whose own layout does not matter. pins: axes and fields of train that are fixed, by name."""
-    world, known = cluster.num_gpus, set(cross_checks(base, None))
+    world = cluster.num_gpus
+
+    def problems_of(run) -> tuple[str, ...]:
+        return (*cross_checks(run, world), *(te_documents(run) if backend == "te" else ()))
+
     for axes in _grids(base, cluster, pins):
-        run = placed(base, **_switches(base, axes, world))
-        problems = tuple(problem for problem in cross_checks(placed(run, {"micro_batch": 1}), world) if problem not in known)
-        if problems and axes["sequence_parallel"] and "sequence_parallel" not in pins:
-            without = placed(run, sequence_parallel=False, tp_comm_overlap=False)
-            if not [problem for problem in cross_checks(placed(without, {"micro_batch": 1}), world) if problem not in known]:
-                run, problems = without, ()
-        if problems:
+        for i, micro_batch in enumerate(_micro_batches(base, axes, world, pins)):
+            run = placed(base, {"micro_batch": micro_batch}, **_switches(base, axes, world))
+            problems = problems_of(run)
+            if problems and axes["sequence_parallel"] and "sequence_parallel" not in pins:
+                without = placed(run, sequence_parallel=False, tp_comm_overlap=False)
+                run, problems = (run, problems) if problems_of(without) else (without, ())
             yield Layout(run, problems)
-            continue
-        for micro_batch in _micro_batches(base, axes, world, pins):
-            made = placed(run, {"micro_batch": micro_batch})
-            yield Layout(made, tuple(problem for problem in cross_checks(made, world) if problem not in known) if micro_batch > 1 else ())
+            if problems and i == 0:
+                break      # the least micro-batch is wrong already
 
 
 def _grids(base, cluster, pins) -> Iterator[dict]:
@@ -69,7 +70,7 @@ def _grids(base, cluster, pins) -> Iterator[dict]:
             for cp in values("cp", [1, *(cp for cp in _powers(world) if cp > 1 and seq_len // cp >= LEAST_TOKENS)]):
                 if world % (tp * pp * cp):
                     continue      # no layout of that many GPUs
-                for vpp in values("vpp", [n for n in _divisors(model.num_layers // pp) if n <= MOST_CHUNKS] if pp > 1 else [1]):
+                for vpp in values("vpp", _chunk_counts(model.num_layers // pp) if pp > 1 else [1]):
                     for ep, etp in _experts(model, tp, world // pp, in_node, values):
                         yield dict(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=pins.get("sequence_parallel", tp > 1),
                                    zero1=pins.get("zero1", True))
@@ -99,6 +100,12 @@ def _switches(base, axes: dict, world: int) -> dict:
     wants = base.parallel.tp_comm_overlap
     return {**axes, "overlap_grad_reduce": has_dp, "overlap_param_gather": has_dp and axes["zero1"],
             "tp_comm_overlap": wants and axes["tp"] > 1 and axes["sequence_parallel"]}
+
+
+def _chunk_counts(layers: int) -> list[int]:
+    """Values of vpp: divisors up to MOST_CHUNKS, and where there is none but 1 the next one (23 layers)."""
+    found = _divisors(layers)
+    return [n for n in found if n <= MOST_CHUNKS or n == found[1]]
 
 
 def _divisors(n: int) -> list[int]:

@@ -10,6 +10,8 @@ Of one layout the least recomputation that fits is kept, since more of it only c
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from engine import torch_only
 from engine.config import ConfigError, RunConfig, read_yaml, validate
 from engine.planner.cluster import Cluster
@@ -21,6 +23,7 @@ from engine.stages import STAGES, TEXT, ladder
 
 PLANNED = (*TEXT, "sft", "reward")
 OF_TRAIN = ("micro_batch", "recompute")      # fields of train that belong to a layout
+SWITCHED = (*AXES, "overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")      # those of parallel
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def judge(run: RunConfig, cluster: Cluster, backend: str = "") -> Plan:
 def search(base: RunConfig, cluster: Cluster, pins: dict) -> Answer:
     """Every layout of `base` on the cluster. pins: see layouts.layouts; recompute may be among them."""
     answer, backend, room = Answer(), backend_of(base), cluster.gpu.memory_gib * GIB
-    for layout in layouts(base, cluster, pins):
+    for layout in layouts(base, cluster, pins, backend):
         if layout.problems:
             _refuse(answer, layout)
             continue
@@ -128,7 +131,7 @@ def read(path: str, overrides: list[str]) -> tuple[RunConfig, dict, dict]:
     named = {override.split("=", 1)[0] for override in overrides}
     pins = {axis: parallel[axis] for axis in AXES if f"parallel.{axis}" in named}
     pins |= {name: train[name] for name in OF_TRAIN if f"train.{name}" in named}
-    others = {name: value for name, value in parallel.items() if name not in (*AXES, "overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")}
+    others = {name: value for name, value in parallel.items() if name not in SWITCHED}
     bare = {**raw, "parallel": {**others, "zero1": True}}
     if isinstance(raw.get("train"), dict):
         bare["train"] = {**train, **{name: value for name, value in (("micro_batch", 1), ("recompute", "none"))}}
@@ -155,3 +158,15 @@ def own_layout(raw: dict, cluster: Cluster) -> tuple[Plan | None, list[str]]:
     except ConfigError as error:
         return None, error.problems
     return judge(for_planning(run, run.parallel.tp_comm_overlap), cluster), []
+
+
+def write(raw: dict, plan: Plan, path: str) -> None:
+    """The user's keys with this layout in place of theirs, as YAML; device cpu becomes auto. Comments are lost."""
+    train, run = plan.run.train, dict(raw["run"])
+    if run.get("device") == "cpu":
+        run["device"] = "auto"
+    parallel = {**raw.get("parallel", {}), **{name: value for name, value in plan.run.parallel.model_dump().items() if name in SWITCHED}}
+    chosen = {**raw, "run": run, "parallel": parallel, "train": {**raw["train"], "micro_batch": train.micro_batch, "recompute": train.recompute}}
+    validate(chosen, plan.cluster.num_gpus)      # what is written is what the training command would accept
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(chosen)))

@@ -302,16 +302,6 @@ def _torch_only(run):
         yield f"parallel.tp_comm_overlap needs Transformer Engine, which has no {parts[0]} here; set it to false"
 
 
-def te_documents(run):
-    """What Transformer Engine's layers cannot do with documents. Not among cross_checks, for train.backend=auto takes them only where they are."""
-    if run.data.reset_at_eod and run.train.micro_batch > 1:
-        yield (f"the te backend takes document masks with train.micro_batch=1, not {run.train.micro_batch}: documents are laid "
-               "end to end anyway; set micro_batch=1 with a longer seq_len, or train.backend=torch")
-    if run.data.reset_at_eod and run.parallel.cp > 1:
-        yield (f"the te backend has no document masks under context parallel (parallel.cp={run.parallel.cp}); set cp=1, "
-               "data.reset_at_eod=false, or train.backend=torch")
-
-
 def _sequence_parallel(run):
     p = run.parallel
     if p.sequence_parallel and p.tp == 1:

@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "engine.write": {"engine.train", "engine.score", "engine.data", "engine.hf", "engine.mcore", "data_tools"},
     "engine.conversions": {"engine.hf", "engine.mcore", "data_tools"},
     "engine.recipe": {"engine.recipe", "engine.stages", "engine.schedule", "engine.metrics"},
+    "engine.planner": {"engine.planner", "engine.checks", "engine.stages", "engine.schedule", "engine.metrics"},
     "engine.cli": {"engine.train", "engine.mcore", "engine.stages"},
     "data_tools": {"data_tools", "engine.data", "engine.config", "engine.log", "engine.run_folder", "engine.schedule", "engine.stages"},
     "launch": {"engine", "data_tools"},

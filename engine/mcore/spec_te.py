@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from engine.checks import te_documents
+from engine import torch_only
 from engine.mcore import norms
 
 
@@ -37,7 +37,7 @@ def check(run) -> None:
         is_available, reason = getattr(te, _SUPPORT[recipe])(return_reason=True)
         if not is_available:
             raise ValueError(f"train.fp8.recipe={recipe} does not run on this GPU: {reason}; choose another recipe, or none")
-    for problem in te_documents(run):
+    for problem in torch_only.documents(run):
         raise ValueError(problem)
 
 

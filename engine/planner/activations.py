@@ -141,7 +141,7 @@ class Saved:
             made = self.tokens * (self.q + 2 * self.kv)      # values are a part of the fused product's output
             return (q + k + made + self.tokens * self.out) * self.bytes + statistics
         model, scores = self.model, self.tokens * self.heads * self.seq
-        mask = self._mask(is_windowed)
+        mask = self.mask(is_windowed)
         if model.attention_softcap or model.attention_sinks:
             groups = self.heads // max(self.kv // model.head_size, 1)
             kept = 4 * scores * (2 if model.attention_softcap else 1) + (self.bytes * scores if self.bytes == 2 else 0)
@@ -159,7 +159,7 @@ class Saved:
             return self.model.is_latent and self.model.value_size != self.model.head_size or self.model.attention_dropout > 0
         return has_mask and self.q != self.kv and not self.model.is_latent
 
-    def _mask(self, is_windowed: bool) -> int:
+    def mask(self, is_windowed: bool) -> int:
         """A mask that is no plain causal one, as numbers that are added: one for all samples, or with documents one for each."""
         has_documents = self.run.data.reset_at_eod
         if not (has_documents or is_windowed or self.cp > 1):

@@ -80,7 +80,8 @@ class Cluster:
         return -(-self.num_gpus // self.per_node)
 
     def __str__(self) -> str:
-        nodes = f"{self.num_nodes} nodes of {self.per_node}, {self.network} {self.network_gbs:g} GB/s per GPU between them" if self.num_nodes > 1 else "one node"
+        nodes = f"{self.num_nodes} nodes of {self.per_node}, {self.network} {self.network_gbs:g} GB/s per GPU between them"
+        nodes = nodes if self.num_nodes > 1 else "one node"
         return f"{self.num_gpus} x {self.gpu.name} ({self.gpu.memory_gib:g} GiB), {nodes}"
 
 

@@ -14,6 +14,7 @@ KERNELS_OF_DISPATCH = 150  # forward, of a MoE layer's router and dispatcher
 KERNELS_PER_EXPERT = 24    # forward, of each expert on a rank
 
 # ASSUMED: speed
+FP32_SHARE = 1 / 15        # of the bf16 rate, by fp32 products: torch does not take TF32 unasked (H100 data sheet: 67 of 989 TFLOP/s)
 GEMM_RAMP_K = 512           # a product whose inner dim is this long runs at half speed
 ATTENTION_SHARE = 0.45     # of the peak, forward and backward together (FlashAttention-3, arXiv 2407.08608: 75% forward, less backward)
 TORCH_ATTENTION_SHARE = 0.35   # FlashAttention-2 in torch (arXiv 2307.08691), on Hopper

@@ -19,8 +19,8 @@ def what_would_help(answer: Answer, base, cluster: Cluster, pins: dict) -> str:
         need, run = answer.misses[0]
         lines.append(f"Nearest miss: {text(run)} needs {need / GIB:.1f} GiB, {need / GIB - cluster.gpu.memory_gib:.1f} more than a GPU has.")
     helps = [*_more_gpus(base, cluster, pins), *_smaller(base, cluster, pins)]
-    if not helps and pins:
-        helps = [f"leaving the layout free: {', '.join(pins)} {'is' if len(pins) == 1 else 'are'} fixed by overrides"] if search(base, cluster, {}).plans else []
+    if pins and search(base, cluster, {}).plans:
+        helps.append(f"leaving the layout free: overrides fix {', '.join(pins)}")
     if not helps:
         return "\n".join([*lines, "Neither more GPUs nor any change the planner tries would make it fit; the model is too large for this kind of GPU, "
                                   "or no layout of it is legal on this number (the reasons are above)."])

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.checks import cross_checks, te_documents
+from engine import torch_only
+from engine.checks import cross_checks
 from engine.config import RunConfig
 
 AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "zero1")
@@ -43,7 +44,7 @@ def layouts(base: RunConfig, cluster, pins: dict, backend: str) -> Iterator[Layo
     world = cluster.num_gpus
 
     def problems_of(run) -> tuple[str, ...]:
-        return (*cross_checks(run, world), *(te_documents(run) if backend == "te" else ()))
+        return (*cross_checks(run, world), *(torch_only.documents(run) if backend == "te" else ()))
 
     for axes in _grids(base, cluster, pins):
         for i, micro_batch in enumerate(_micro_batches(base, axes, world, pins)):

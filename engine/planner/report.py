@@ -54,7 +54,7 @@ def _table(plans: list[Plan], options: Options) -> str:
         experts = (p.ep, p.expert_tp) if has_experts else ()
         rows.append([i, p.tp, p.cp, *experts, p.pp, p.vpp, plan.dp, plan.run.train.micro_batch, plan.run.train.recompute,
                      f"{plan.memory.total / GIB:.1f}", _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}",
-                     f"{plan.tokens_per_gpu:.0f}", f"{cost.days:.3g}"])
+                     f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
     return _columns([names, *rows])
 
 
@@ -97,7 +97,7 @@ def _cost(plan: Plan, options: Options) -> budget.Budget:
 def _money(plan: Plan, options: Options) -> str:
     cost = _cost(plan, options)
     price = f", {cost.price:,.0f} at {options.price:g} per GPU hour" if options.price else ""
-    lines = [f"{_number(cost.tokens)} tokens: {cost.days:.3g} days without interruptions, {cost.gpu_hours:,.0f} GPU hours{price}."]
+    lines = [f"{_number(cost.tokens)} tokens: {_days(cost.days)} days without interruptions, {cost.gpu_hours:,.0f} GPU hours{price}."]
     if cost.tokens:
         sizes = budget.chinchilla(plan.run, cost.tokens, options.law)
         rule = "your law" if options.law else "20 tokens per parameter"
@@ -111,7 +111,8 @@ def _refused(answer: Answer, cluster) -> str:
     lines = []
     if answer.misses:
         least, most = answer.misses[0][0] / GIB, answer.misses[-1][0] / GIB
-        lines.append(f"  {len(answer.misses)}: {least:.1f} to {most:.1f} GiB needed, of {cluster.gpu.memory_gib:g}, whatever is recomputed. "
+        span = f"{least:.1f} to {most:.1f}" if len(answer.misses) > 1 else f"{least:.1f}"
+        lines.append(f"  {len(answer.misses)}: {span} GiB needed, of {cluster.gpu.memory_gib:g}, whatever is recomputed. "
                      f"Nearest: {text(answer.misses[0][1])}")
     lines += [f"  {group.count}: {reason}\n     such as: {group.example}" for reason, group in groups[:6]]
     if len(groups) > 6:
@@ -145,6 +146,10 @@ def _plan(plan: Plan, options: Options) -> dict:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
+
+
+def _days(days: float) -> str:
+    return f"{days:.3g}" if days >= 0.01 else "<0.01"
 
 
 def _number(n: float) -> str:

@@ -89,14 +89,14 @@ def backend_of(run) -> str:
 def judge(run: RunConfig, cluster: Cluster, backend: str = "") -> Plan:
     """What a layout needs. backend: another than the engine would choose."""
     backend = backend or backend_of(run)
-    if run.train.fp8.recipe != "none" and not cluster.gpu.fp8_tflops:
-        raise ConfigError([f"train.fp8.recipe={run.train.fp8.recipe}, but {cluster.gpu.name} has no FP8; set it to none, or choose another --gpu"])
+    _check_fp8(run, cluster)
     pp_rank, memory = fullest(memory_of(run, cluster.num_gpus, backend))
     return Plan(run, cluster, memory, pp_rank, step_time(run, cluster, backend))
 
 
 def search(base: RunConfig, cluster: Cluster, pins: dict) -> Answer:
     """Every layout of `base` on the cluster. pins: see layouts.layouts; recompute may be among them."""
+    _check_fp8(base, cluster)
     answer, backend, room = Answer(), backend_of(base), cluster.gpu.memory_gib * GIB
     for layout in layouts(base, cluster, pins, backend):
         if layout.problems:
@@ -114,6 +114,11 @@ def search(base: RunConfig, cluster: Cluster, pins: dict) -> Answer:
     answer.plans.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     answer.misses.sort(key=lambda need: need[0])
     return answer
+
+
+def _check_fp8(run: RunConfig, cluster: Cluster) -> None:
+    if run.train.fp8.recipe != "none" and not cluster.gpu.fp8_tflops:
+        raise ConfigError([f"train.fp8.recipe={run.train.fp8.recipe}, but {cluster.gpu.name} has no FP8; set it to none, or choose another --gpu"])
 
 
 def _refuse(answer: Answer, layout: Layout) -> None:

@@ -61,11 +61,10 @@ class _Step:
         self.saved = Saved(run, backend)      # for its token counts
         self.bytes = self.saved.bytes
         gpu = cluster.gpu
-        self.peak = gpu.tflops * 1e12 * c.GEMM_SHARE
+        self.peak = gpu.tflops * 1e12 * c.GEMM_SHARE * (c.FP32_SHARE if run.train.precision == "fp32" else 1)
         is_fp8 = run.train.fp8.recipe != "none" and backend == "te"
         self.layer_peak = gpu.fp8_tflops * 1e12 * c.FP8_SHARE if is_fp8 else self.peak
         self.memory = gpu.memory_gbs * 1e9 * c.MEMORY_SHARE
-        self.dp = cluster.num_gpus // (self.p.tp * self.p.pp * self.p.cp)
         self.recompute = run.train.recompute
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ class _Step:
             rows, width = self.saved.tokens, self.model.padded_vocab_size // self.p.tp
             parts["gemm"] += 3 * self._product(rows, self.model.hidden_size, width, self.peak)
             parts["elementwise"] += 6 * rows * width * self.bytes / self.memory
-            parts["tp"] += 2 * self._over_tp(1)
+            parts["tp"] += 2 * self._over_tp()
         if own[0].is_first:
             parts["elementwise"] += 4 * self.saved.stream * self.model.hidden_size * self.bytes / self.memory
         if self.p.pp > 1:
@@ -107,7 +106,7 @@ class _Step:
         again = {"full": 1, "selective": 0, "none": 0}[self.recompute]
         passes = 3 + again      # a backward pass is twice a forward pass
         parts = {
-            "gemm": passes * gemm,
+            "gemm": (passes - (self.run.lora.rank > 0)) * gemm,      # no gradients of frozen weights
             "attention": (3.5 + (self.recompute != "none")) * attention,      # backward 2.5: five products for two (arXiv 2307.08691)
             "elementwise": passes * moved / self.memory,
             "tp": self._tensor_parallel(is_moe, again),
@@ -157,7 +156,7 @@ class _Step:
         """Forward; cp ranks have equal shares of the triangle."""
         s, model = self.saved, self.model
         seen = min(model.sliding_window, s.seq / 2) if is_windowed else s.seq / 2
-        if self.backend == "torch" and s._mask(is_windowed):
+        if self.backend == "torch" and s.mask(is_windowed):
             seen = s.seq      # a kernel that reads a mask computes what it hides
         share = c.ATTENTION_SHARE if self.backend == "te" else c.TORCH_ATTENTION_SHARE
         return 2 * s.tokens * seen * s.heads * (model.head_size + model.value_size) / (self.cluster.gpu.tflops * 1e12 * share)
@@ -186,13 +185,12 @@ class _Step:
         ports = max(node // stride, 1)
         return min(ports * self.cluster.network_gbs * c.NETWORK_SHARE, gpu.link_gbs * c.LINK_SHARE) * 1e9
 
-    def _over_tp(self, num: int, numel: int | None = None) -> float:
-        """`num` gathers or scatters of the hidden states over tp."""
+    def _over_tp(self) -> float:
+        """A gather or a scatter of the hidden states over tp."""
         tp = self.p.tp
         if tp == 1:
             return 0.0
-        numel = self.saved.tokens * self.model.hidden_size if numel is None else numel
-        return num * (numel * self.bytes * (tp - 1) / tp / self._wire(tp, 1) + c.LATENCY_S)
+        return self.saved.tokens * self.model.hidden_size * self.bytes * (tp - 1) / tp / self._wire(tp, 1) + c.LATENCY_S
 
     def _tensor_parallel(self, is_moe: bool, again: int) -> float:
         """Forward: two gathers and two scatters (or two all-reduces, of the same volume); backward: those and two gathers of inputs."""
@@ -204,7 +202,7 @@ class _Step:
             exposed += 4 * self.saved.expert_rows / self.saved.tokens
         if self.p.tp_comm_overlap and self.backend == "te":
             exposed *= c.OVERLAPPED_TP
-        return self._over_tp(1) * exposed
+        return self._over_tp() * exposed
 
     def _context_parallel(self, attention: float) -> float:
         """te passes keys and values round a ring beside the attention; torch gathers them before it."""
@@ -253,9 +251,10 @@ class _Step:
                 reduce, gather = reduce + gradient * volume, gather + (weight if p.zero1 else gradient) * volume
         # Beside it runs one micro-batch; interleaved, the last pp of each chunk but the one that ends last.
         beside = one * (1 if p.vpp == 1 else p.pp * (p.vpp - 1) / p.vpp) * c.OVERLAPPED_DP
+        if not p.zero1:      # an all-reduce, which is both
+            reduce, gather = reduce + gather, 0.0
         if p.overlap_grad_reduce:
             reduce -= min(reduce * c.OVERLAPPED_DP, beside * 2 / 3)
-            gather -= min(gather, beside * 2 / 3) if not p.zero1 else 0
         if p.overlap_param_gather:
             gather -= min(gather * c.OVERLAPPED_DP, beside / 3)
         return reduce + gather

@@ -282,6 +282,7 @@ class _Sizes:
         model, h = self.model, self.model.hidden_size
         width, num = model.moe_ffn_hidden_size // self.expert_tp, model.moe.num_experts
         router = [Parameter(num * h, learns=self.base)] + [Parameter(num, learns=self.base)] * model.linear_bias
-        expert = [*self.linear("linear_fc1", (1 + model.gated) * width, h, model.linear_bias, True), *self.linear("linear_fc2", h, width, model.linear_bias, True)]
+        bias, rows = model.linear_bias, (1 + model.gated) * width
+        expert = [*self.linear("linear_fc1", rows, h, bias, True), *self.linear("linear_fc2", h, width, bias, True)]
         shared = self._mlp(model.moe.shared_expert_ffn_hidden_size, False) if model.moe.shared_expert_ffn_hidden_size else []
         return [*router, *expert * (num // self.ep), *shared]

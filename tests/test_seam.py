@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "engine.write": {"engine.train", "engine.score", "engine.data", "engine.hf", "engine.mcore", "data_tools"},
     "engine.conversions": {"engine.hf", "engine.mcore", "data_tools"},
     "engine.recipe": {"engine.recipe", "engine.stages", "engine.schedule", "engine.metrics"},
+    "engine.planner": {"engine.planner", "engine.checks", "engine.stages", "engine.schedule", "engine.metrics"},
     "engine.supervise": {"engine.supervise"},
     "engine.cli": {"engine.slurm", "engine.train", "engine.mcore", "engine.stages"},
     "data_tools": {"data_tools", "engine.data", "engine.config", "engine.foreign", "engine.log", "engine.rollback", "engine.run_folder", "engine.schedule",

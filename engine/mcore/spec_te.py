@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from engine import torch_only
 from engine.mcore import norms
 
 
@@ -40,12 +41,8 @@ def check(run) -> None:
         is_available, reason = getattr(te, _SUPPORT[recipe])(return_reason=True)
         if not is_available:
             raise ValueError(f"train.fp8.recipe={recipe} does not run on this GPU: {reason}; choose another recipe, or none")
-    if run.data.reset_at_eod and run.train.micro_batch > 1:
-        raise ValueError(f"the te backend takes document masks with train.micro_batch=1, not {run.train.micro_batch}: documents are laid "
-                         "end to end anyway; set micro_batch=1 with a longer seq_len, or train.backend=torch")
-    if run.data.reset_at_eod and run.parallel.cp > 1:
-        raise ValueError(f"the te backend has no document masks under context parallel (parallel.cp={run.parallel.cp}); set cp=1, "
-                         "data.reset_at_eod=false, or train.backend=torch")
+    for problem in torch_only.documents(run):
+        raise ValueError(problem)
 
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -1,0 +1,102 @@
+"""Published runs, as they were published, for benchmarks/planner.py and tests/test_planner.py.
+
+What a source does not say (micro-batch and interleaving of Megatron-LM's table and of Llama 3) is left to the planner, which takes the fastest
+that it thinks fits, without recomputation where that fits; NVIDIA and Meta had tuned theirs. Rates are tokens per second and GPU where the source has them,
+since sources count FLOPs differently; else model TFLOP/s per GPU.
+"""
+
+from dataclasses import dataclass
+
+from engine.config import RunConfig
+from engine.models import family_defaults
+from engine.planner.cluster import make_cluster
+from engine.planner.search import Plan, judge
+
+MEGATRON = "Megatron-LM README, images/model_table.png"
+LLAMA3 = "arXiv 2407.21783, table 4"
+BRIDGE = "Megatron Bridge, docs/performance-summary-archive.md"
+DEEPSEEK = "arXiv 2412.19437, table 1 and sec. 3.2"
+
+
+@dataclass(frozen=True)
+class Row:
+    """rate and unit: as published. is_fitted: a constant of engine/planner/constants.py was fitted to it."""
+
+    name: str
+    source: str
+    gpus: int
+    rate: float
+    unit: str
+    model: dict
+    parallel: dict
+    train: dict
+    gpu: str = "h100"
+    is_fitted: bool = False
+    micro_batches: tuple[int, ...] = (1,)
+    chunks: tuple[int, ...] = (1,)
+
+
+def _gpt(name, heads, hidden, layers, tp, pp, gpus, batch, rate, is_fitted=False) -> Row:
+    model = dict(family="gpt2", num_layers=layers, hidden_size=hidden, ffn_hidden_size=4 * hidden, num_attention_heads=heads, vocab_size=131072,
+                 position="rope", tie_embeddings=False, hidden_dropout=0.0, attention_dropout=0.0)
+    chunks = [n for n in range(1, layers // pp + 1) if layers // pp % n == 0] if pp > 1 else [1]
+    return Row(f"GPT {name}", MEGATRON, gpus, rate, "TFLOP/s", model, dict(tp=tp, pp=pp, tp_comm_overlap=tp > 1), dict(seq_len=4096, global_batch=batch),
+               is_fitted=is_fitted, micro_batches=(1, 2, 4), chunks=tuple(chunks))
+
+
+_405B = dict(family="llama", size="llama3.1_8b", num_layers=126, hidden_size=16384, ffn_hidden_size=53248, num_attention_heads=128)
+_FP8 = {"recipe": "tensorwise"}
+
+ROWS = [
+    _gpt("1.7B", 16, 2048, 24, 1, 1, 48, 192, 408.8, True),
+    _gpt("7.1B", 32, 4096, 30, 2, 1, 96, 192, 465.9),
+    _gpt("16B", 48, 6144, 32, 4, 1, 192, 192, 489.1, True),
+    _gpt("32B", 56, 7168, 48, 8, 1, 384, 192, 459.6),
+    _gpt("70B", 64, 8192, 84, 8, 2, 768, 384, 419.7),
+    _gpt("119B", 80, 10240, 92, 8, 4, 1536, 768, 420.5),
+    _gpt("177B", 96, 12288, 96, 8, 6, 2304, 1152, 432.8, True),
+    _gpt("314B", 128, 16384, 96, 8, 8, 3072, 1536, 474.4),
+    _gpt("462B", 144, 18432, 112, 8, 16, 6144, 3072, 459.9),
+    Row("Llama 3 405B", LLAMA3, 8192, 430, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), chunks=(1, 2, 4, 8)),
+    Row("Llama 3 405B", LLAMA3, 16384, 400, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), chunks=(1, 2, 4, 8)),
+    Row("Llama 3 405B 128K", LLAMA3, 16384, 380, "TFLOP/s", _405B, dict(tp=8, pp=16, cp=16), dict(seq_len=131072, global_batch=128), chunks=(1, 2, 4, 8)),
+    Row("Llama 3 70B FP8", BRIDGE, 64, 1621, "tokens/s", dict(family="llama", size="llama3_70b"), dict(tp=4, pp=8, vpp=5),
+        dict(seq_len=8192, global_batch=256, fp8=_FP8), is_fitted=True, chunks=(5,)),
+    Row("Llama 3.1 405B FP8", BRIDGE, 1024, 311, "tokens/s", _405B, dict(tp=8, pp=8, cp=2), dict(seq_len=8192, global_batch=1536, fp8=_FP8), chunks=(8,)),
+    Row("Qwen3 30B-A3B FP8", BRIDGE, 16, 5113, "tokens/s", dict(family="qwen3_moe", size="30b_a3b"), dict(pp=2, ep=8),
+        dict(seq_len=4096, global_batch=1024, fp8=_FP8), is_fitted=True, chunks=(12,)),
+    Row("gpt-oss 120B", BRIDGE, 64, 5993, "tokens/s", dict(family="gpt_oss", size="120b"), dict(pp=4, ep=8), dict(seq_len=4096, global_batch=1280)),
+    Row("Qwen3 235B-A22B FP8", BRIDGE, 256, 1633, "tokens/s", dict(family="qwen3_moe", size="235b_a22b"), dict(tp=2, pp=8, ep=32, etp=1),
+        dict(seq_len=4096, global_batch=8192, fp8=_FP8), chunks=(4,)),
+    Row("DeepSeek-V3 FP8", BRIDGE, 1024, 1297, "tokens/s", dict(family="deepseek_v3", size="671b"), dict(tp=2, pp=8, ep=64, etp=1),
+        dict(seq_len=4096, global_batch=8192, fp8=_FP8), chunks=(4,)),
+    # 2.664 million H800 hours for 14.8T tokens of pretraining
+    Row("DeepSeek-V3 FP8", DEEPSEEK, 2048, 14.8e12 / (2.664e6 * 3600), "tokens/s", dict(family="deepseek_v3", size="671b"), dict(pp=16, ep=64),
+        dict(seq_len=4096, global_batch=15360, fp8=_FP8), gpu="h800"),
+]
+
+
+def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, precision_aware: bool = False) -> RunConfig:
+    """Without the engine's checks: it refuses some of these layouts (126 layers on 16 pp ranks, FP8 with latent attention)."""
+    family, size = row.model["family"], row.model.get("size", "custom")
+    parallel = {"zero1": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "sequence_parallel": row.parallel.get("tp", 1) > 1}
+    return RunConfig.model_validate({
+        "run": {"dir": "unused"}, "model": {**family_defaults(family, size), **row.model}, "parallel": {**parallel, **row.parallel, "vpp": vpp},
+        "train": {"steps": 1, **row.train, "micro_batch": micro_batch, "recompute": recompute},
+        "optim": {"precision_aware": precision_aware}})
+
+
+def planned(row: Row) -> Plan:
+    """The fastest of the row's open choices that fits without recomputation; of those that do not, the fastest."""
+    cluster = make_cluster(row.gpu, row.gpus)
+    plans = [judge(run_of(row, micro_batch, vpp, "none"), cluster, "te") for micro_batch in row.micro_batches for vpp in row.chunks]
+    return min([plan for plan in plans if plan.fits] or plans, key=lambda plan: plan.time.total)
+
+
+def least_recomputation(row: Row, precision_aware: bool = False) -> str:
+    """none, selective or full: what lets some of the row's open choices fit into the engine's memory, or never."""
+    cluster = make_cluster(row.gpu, row.gpus)
+    for recompute in ("none", "selective", "full"):
+        if any(judge(run_of(row, micro_batch, vpp, recompute, precision_aware), cluster, "te").fits for micro_batch in row.micro_batches for vpp in row.chunks):
+            return recompute
+    return "never"

@@ -1,0 +1,123 @@
+"""GPUs and the wires between them: what a layout has to fit and what its traffic runs over.
+
+    cluster = make_cluster("h100", num_gpus=64)                     # 8 nodes of 8, 400 Gb/s per GPU between them
+    make_cluster("h100", 64, network="12.5", memory_gib=94)         # GB/s per GPU; another card of the kind
+
+Bandwidths are one direction. Left out: topologies inside a network (rails, over-subscription), and NVLink domains larger than a node.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from engine import metrics
+from engine.config import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU. memory_gib: what torch reports as total_memory, a little below the data sheet's figure; memory_gbs: of its HBM or
+    GDDR; link_gbs: to another GPU of its node; network: the usual one between nodes."""
+
+    name: str
+    memory_gib: float
+    memory_gbs: float
+    link_gbs: float
+    per_node: int
+    network: str
+
+    @cached_property
+    def tflops(self) -> float:
+        """Dense bf16 peak."""
+        return metrics.peak_tflops(self.name)
+
+    @cached_property
+    def fp8_tflops(self) -> float | None:
+        return metrics.peak_tflops(self.name, fp8=True)
+
+
+# Memory bandwidth and NVLink from NVIDIA's data sheets (NVLink figures there count both directions; halved here). Cards without NVLink:
+# PCIe x16, 64 GB/s (gen 5) or 32 GB/s (gen 4). Nodes are the usual HGX and DGX boxes of 8.
+GPUS = {gpu.name.lower().replace(" ", "-"): gpu for gpu in (
+    Gpu("H100", 79.1, 3350, 450, 8, "ndr"),          # H100 SXM5: 80 GB HBM3, NVLink 4 900 GB/s; DGX H100: 8 x 400 Gb/s
+    Gpu("H100 PCIe", 79.1, 2000, 64, 8, "hdr"),      # 80 GB HBM2e
+    Gpu("H200", 139.8, 4800, 450, 8, "ndr"),         # 141 GB HBM3e
+    Gpu("H800", 79.1, 3350, 200, 8, "ndr"),          # an H100 with 400 GB/s of NVLink
+    Gpu("H20", 95.0, 4000, 450, 8, "ndr"),           # 96 GB HBM3
+    Gpu("B200", 178.0, 8000, 900, 8, "ndr"),         # HGX B200: 180 GB HBM3e, NVLink 5 1,800 GB/s
+    Gpu("A100", 79.1, 2039, 300, 8, "hdr"),          # A100 SXM 80 GB HBM2e, NVLink 3 600 GB/s; DGX A100: 8 x 200 Gb/s. 40 GB: --gpu-memory 39.4
+    Gpu("A800", 79.1, 2039, 200, 8, "hdr"),          # an A100 with 400 GB/s of NVLink
+    Gpu("L40S", 44.4, 864, 32, 8, "hdr"),            # 48 GB GDDR6
+    Gpu("A40", 44.4, 696, 32, 8, "hdr"),             # 48 GB GDDR6
+    Gpu("RTX 4090", 23.6, 1008, 32, 8, "100g"),      # 24 GB GDDR6X
+)}
+
+# GB/s per GPU and direction.
+NETWORKS = {
+    "xdr": 100.0,      # InfiniBand XDR, 800 Gb/s for each GPU
+    "ndr": 50.0,       # InfiniBand NDR or RoCE, 400 Gb/s for each GPU (DGX H100; Llama 3's clusters, arXiv 2407.21783 sec. 3.3.1)
+    "hdr": 25.0,       # InfiniBand HDR, 200 Gb/s for each GPU (DGX A100)
+    "efa": 50.0,       # AWS p5: 3,200 Gb/s for a node of 8
+    "100g": 1.5625,    # one 100 Gb/s port for a node of 8
+    "10g": 0.15625,    # one 10 Gb/s port for a node of 8
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """num_gpus of one kind, per_node of them in each node. network_gbs: GB/s per GPU between nodes."""
+
+    gpu: Gpu
+    num_gpus: int
+    network: str
+    network_gbs: float
+
+    @property
+    def per_node(self) -> int:
+        return self.gpu.per_node
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_gpus // self.per_node)
+
+    def __str__(self) -> str:
+        nodes = f"{self.num_nodes} nodes of {self.per_node}, {self.network} {self.network_gbs:g} GB/s per GPU between them"
+        nodes = nodes if self.num_nodes > 1 else "one node"
+        return f"{self.num_gpus} x {self.gpu.name} ({self.gpu.memory_gib:g} GiB), {nodes}"
+
+
+def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "", memory_gib: float = 0) -> Cluster:
+    """A cluster by names of GPUS and NETWORKS. num_nodes: 0 fills nodes; network: a name, a number of GB/s per GPU, or "" for the GPU's usual
+    one; memory_gib: of each GPU, 0 for the usual. Raises ConfigError."""
+    problems, name = [], gpu.lower().replace("_", "-").replace(" ", "-")
+    if name not in GPUS:
+        raise ConfigError([f"--gpu {gpu} is no GPU known here{nearest(name, GPUS)}"])
+    kind = GPUS[name]
+    if num_gpus < 1:
+        problems.append(f"--gpus {num_gpus}: there must be one or more")
+    if num_nodes and (num_gpus % num_nodes or num_nodes < 0):
+        problems.append(f"--gpus {num_gpus} cannot be shared evenly by --nodes {num_nodes}")
+    elif num_nodes:
+        kind = replace(kind, per_node=num_gpus // num_nodes)
+    elif num_gpus > kind.per_node and num_gpus % kind.per_node:
+        problems.append(f"--gpus {num_gpus} fills no whole number of nodes of {kind.per_node}; say --nodes too")
+    if memory_gib < 0:
+        problems.append(f"--gpu-memory {memory_gib:g} is no size in GiB")
+    elif memory_gib:
+        kind = replace(kind, memory_gib=memory_gib)
+    network = network or kind.network
+    speed = _speed(network)
+    if speed is None:
+        problems.append(f"--network {network} is neither GB/s per GPU nor a network known here{nearest(network, NETWORKS)}")
+    if problems:
+        raise ConfigError(problems)
+    return Cluster(kind, num_gpus, network if network in NETWORKS else "network", speed)
+
+
+def _speed(network: str) -> float | None:
+    if network in NETWORKS:
+        return NETWORKS[network]
+    try:
+        speed = float(network)
+    except ValueError:
+        return None
+    return speed if 0 < speed < float("inf") else None

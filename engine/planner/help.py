@@ -1,0 +1,53 @@
+"""Where nothing fits: the nearest miss, and what would make something fit, each tried with the planner itself.
+
+    print(what_would_help(answer, base, cluster, pins))
+"""
+
+from dataclasses import replace
+
+from engine.planner.cluster import Cluster
+from engine.planner.constants import GIB
+from engine.planner.layouts import placed, text
+from engine.planner.search import Answer, backend_of, search
+
+DOUBLINGS = 6      # of the number of GPUs that are tried
+
+
+def what_would_help(answer: Answer, base, cluster: Cluster, pins: dict) -> str:
+    lines = []
+    if answer.misses:
+        need, run = answer.misses[0]
+        lines.append(f"Nearest miss: {text(run)} needs {need / GIB:.1f} GiB, {need / GIB - cluster.gpu.memory_gib:.1f} more than a GPU has.")
+    helps = [*_more_gpus(base, cluster, pins), *_smaller(base, cluster, pins)]
+    if pins and search(base, cluster, {}).plans:
+        helps.append(f"leaving the layout free: overrides fix {', '.join(pins)}")
+    if not helps:
+        return "\n".join([*lines, "Neither more GPUs nor any change the planner tries would make it fit; the model is too large for this kind of GPU, "
+                                  "or no layout of it is legal on this number (the reasons are above)."])
+    return "\n".join([*lines, "What would help:", *(f"  - {line}" for line in helps)])
+
+
+def _more_gpus(base, cluster: Cluster, pins):
+    for doubling in range(1, DOUBLINGS + 1):
+        larger = replace(cluster, num_gpus=cluster.num_gpus * 2**doubling)
+        found = search(base, larger, pins).plans
+        if found:
+            yield f"{larger.num_gpus} GPUs: {text(found[0].run)} needs {found[0].memory.total / GIB:.1f} GiB"
+            return
+
+
+def _smaller(base, cluster: Cluster, pins):
+    """Changes of the configuration that cost little, those that suffice by themselves."""
+    train, optim = base.train, base.optim
+    tried = []
+    if backend_of(base) == "te" and train.precision == "bf16" and not optim.precision_aware:
+        tried.append(("optim.precision_aware=true (moments and gradients in bf16)",
+                      base.model_copy(update={"optim": optim.model_copy(update={"precision_aware": True})})))
+    if train.precision == "fp32":
+        tried.append(("train.precision=bf16", placed(base, {"precision": "bf16"})))
+    if train.seq_len >= 2048:
+        tried.append((f"train.seq_len={train.seq_len // 2}, if the task allows it", placed(base, {"seq_len": train.seq_len // 2})))
+    for words, changed in tried:
+        found = search(changed, cluster, pins).plans
+        if found:
+            yield f"{words}: {text(found[0].run)} needs {found[0].memory.total / GIB:.1f} GiB"

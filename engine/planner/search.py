@@ -1,0 +1,177 @@
+"""The search: every legal layout with its memory and its time, the best first, and why the others were refused.
+
+    base, own, pins = read(path, overrides)                # a configuration, whose layout is the question
+    answer = search(base, cluster, pins)                   # Answer: plans, refused, misses
+    judge(run, cluster)                                    # Plan of one layout, fitting or not
+
+Of one layout the least recomputation that fits is kept, since more of it only costs time.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from engine import torch_only
+from engine.config import ConfigError, RunConfig, read_yaml, validate
+from engine.planner.cluster import Cluster
+from engine.planner.constants import GIB
+from engine.planner.layouts import AXES, RECOMPUTE, Layout, layouts, placed
+from engine.planner.memory import Memory, fullest, memory_of
+from engine.planner.time import StepTime, step_time, tflops
+from engine.stages import STAGES, TEXT, ladder
+
+PLANNED = (*TEXT, "sft", "reward")
+OF_TRAIN = ("micro_batch", "recompute")      # fields of train that belong to a layout
+SWITCHED = (*AXES, "overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")      # those of parallel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with what it needs. memory: of the fullest rank, pp_rank its place in the pipeline."""
+
+    run: RunConfig
+    cluster: Cluster
+    memory: Memory
+    pp_rank: int
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.cluster.gpu.memory_gib * GIB
+
+    @property
+    def dp(self) -> int:
+        p = self.run.parallel
+        return self.cluster.num_gpus // (p.tp * p.pp * p.cp)
+
+    @property
+    def tokens_per_gpu(self) -> float:
+        """Tokens per second and GPU."""
+        return self.run.train.global_batch * self.run.train.seq_len / self.time.total / self.cluster.num_gpus
+
+    @property
+    def tflops(self) -> float:
+        """Model TFLOP/s per GPU."""
+        return tflops(self.run, self.cluster, self.time.total)
+
+    @property
+    def mfu(self) -> float:
+        """Against the bf16 peak, or FP8's where matrix products are FP8."""
+        gpu, is_fp8 = self.cluster.gpu, self.run.train.fp8.recipe != "none"
+        return self.tflops / (gpu.fp8_tflops if is_fp8 else gpu.tflops)
+
+
+@dataclass
+class Refusals:
+    """Layouts refused for one reason. example: the first of them, in the words of the checks."""
+
+    count: int = 0
+    example: str = ""
+
+
+@dataclass
+class Answer:
+    plans: list[Plan] = field(default_factory=list)
+    refused: dict[str, Refusals] = field(default_factory=dict)
+    misses: list[tuple[int, RunConfig]] = field(default_factory=list)      # (bytes needed, layout) of those that do not fit, the nearest first
+
+    @property
+    def num_refused(self) -> int:
+        return sum(group.count for group in self.refused.values())
+
+
+def backend_of(run) -> str:
+    """Which layers a GPU would run: engine/mcore/build.py's rule, given that Transformer Engine is there."""
+    return "torch" if run.train.backend == "torch" or run.lora.rank or torch_only.reasons(run.model) else "te"
+
+
+def judge(run: RunConfig, cluster: Cluster, backend: str = "") -> Plan:
+    """What a layout needs. backend: another than the engine would choose."""
+    backend = backend or backend_of(run)
+    _check_fp8(run, cluster)
+    pp_rank, memory = fullest(memory_of(run, cluster.num_gpus, backend))
+    return Plan(run, cluster, memory, pp_rank, step_time(run, cluster, backend))
+
+
+def search(base: RunConfig, cluster: Cluster, pins: dict) -> Answer:
+    """Every layout of `base` on the cluster. pins: see layouts.layouts; recompute may be among them."""
+    _check_fp8(base, cluster)
+    answer, backend, room = Answer(), backend_of(base), cluster.gpu.memory_gib * GIB
+    for layout in layouts(base, cluster, pins, backend):
+        if layout.problems:
+            _refuse(answer, layout)
+            continue
+        needed = []
+        for recompute in [pins["recompute"]] if "recompute" in pins else RECOMPUTE:
+            run = placed(layout.run, {"recompute": recompute})
+            needed.append((fullest(memory_of(run, cluster.num_gpus, backend))[1].total, run))
+            if needed[-1][0] <= room:
+                answer.plans.append(judge(run, cluster, backend))
+                break
+        else:
+            answer.misses.append(min(needed, key=lambda need: need[0]))
+    answer.plans.sort(key=lambda plan: (plan.time.total, plan.memory.total))
+    answer.misses.sort(key=lambda need: need[0])
+    return answer
+
+
+def _check_fp8(run: RunConfig, cluster: Cluster) -> None:
+    if run.train.fp8.recipe != "none" and not cluster.gpu.fp8_tflops:
+        raise ConfigError([f"train.fp8.recipe={run.train.fp8.recipe}, but {cluster.gpu.name} has no FP8; set it to none, or choose another --gpu"])
+
+
+def _refuse(answer: Answer, layout: Layout) -> None:
+    group = answer.refused.setdefault(layout.reason, Refusals(example=layout.problems[0]))
+    group.count += 1
+
+
+def read(path: str, overrides: list[str]) -> tuple[RunConfig, dict, dict]:
+    """(the run without a layout, its raw keys, the axes and fields that overrides fix). The layout of the file itself is in the raw keys.
+
+    Raises ConfigError for what is wrong whatever the layout, and for stages that are not planned.
+    """
+    raw = read_yaml(Path(path), overrides)
+    parallel, train = (raw.get(name) if isinstance(raw.get(name), dict) else {} for name in ("parallel", "train"))
+    named = {override.split("=", 1)[0] for override in overrides}
+    pins = {axis: parallel[axis] for axis in AXES if f"parallel.{axis}" in named}
+    pins |= {name: train[name] for name in OF_TRAIN if f"train.{name}" in named}
+    others = {name: value for name, value in parallel.items() if name not in SWITCHED}
+    bare = {**raw, "parallel": {**others, "zero1": True}}
+    if isinstance(raw.get("train"), dict):
+        bare["train"] = {**train, **{name: value for name, value in (("micro_batch", 1), ("recompute", "none"))}}
+    run = validate(bare)
+    if run.stage in STAGES and run.stage not in PLANNED:
+        raise ConfigError([f"stage={run.stage} trains beside other networks, which the planner does not count; it plans {', '.join(PLANNED)}"])
+    return for_planning(run, parallel.get("tp_comm_overlap", False)), raw, pins
+
+
+def for_planning(run: RunConfig, tp_comm_overlap: bool = False) -> RunConfig:
+    """The run as a GPU would see it at its largest: a reward model's head, the last rung of a ladder, no device but a GPU."""
+    if run.stage == "long_context":
+        run = ladder.rungs(run)[-1]
+    update = {"run": run.run.model_copy(update={"device": "auto"}), "parallel": run.parallel.model_copy(update={"tp_comm_overlap": bool(tp_comm_overlap)})}
+    if run.stage == "reward":
+        update["model"] = run.model.model_copy(update={"head": "scalar"})
+    return run.model_copy(update=update)
+
+
+def own_layout(raw: dict, cluster: Cluster) -> tuple[Plan | None, list[str]]:
+    """The layout that the file itself has: judged, or what is wrong with it on this many GPUs."""
+    try:
+        run = validate(raw, cluster.num_gpus)
+    except ConfigError as error:
+        return None, error.problems
+    return judge(for_planning(run, run.parallel.tp_comm_overlap), cluster), []
+
+
+def write(raw: dict, plan: Plan, path: str) -> None:
+    """The user's keys with this layout in place of theirs, as YAML; device cpu becomes auto. Comments are lost."""
+    train, run = plan.run.train, dict(raw["run"])
+    if run.get("device") == "cpu":
+        run["device"] = "auto"
+    parallel = {**raw.get("parallel", {}), **{name: value for name, value in plan.run.parallel.model_dump().items() if name in SWITCHED}}
+    chosen = {**raw, "run": run, "parallel": parallel, "train": {**raw["train"], "micro_batch": train.micro_batch, "recompute": train.recompute}}
+    validate(chosen, plan.cluster.num_gpus)      # what is written is what the training command would accept
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(chosen)))

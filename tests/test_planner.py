@@ -1,0 +1,286 @@
+"""The planner: its bytes beside those that CPU ranks allocate and save, its search, and what launch/plan.py says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import parity_table
+import planner_probe
+import pytest
+import ranks
+from engine.config import ConfigError, load_config, validate
+from engine.planner import budget
+from engine.planner.activations import Saved
+from engine.planner.cluster import make_cluster
+from engine.planner.constants import GIB
+from engine.planner.memory import fullest, in_flight, memory_of
+from engine.planner.search import own_layout, read, search, write
+from engine.planner.time import step_time
+from engine.planner.weights import chunks, weights
+
+ROOT = Path(__file__).parents[1]
+LLAMA8B = str(ROOT / "examples/llama3_8b/pretrain.yaml")
+
+
+def raw(model: dict, layout: dict, train: dict, **sections) -> dict:
+    return {"run": {"dir": "unused", "device": "cpu"}, "model": model, "parallel": layout, "data": {"train": ["unused"]},
+            "train": {"seq_len": 64, "global_batch": 8, "steps": 1, "precision": "fp32", **train}, **sections}
+
+
+# --- weights, gradients, optimizer: to the byte ---------------------------------------------------------------------------
+
+LORA = {"lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}}
+ALL_LORA = {"lora": {"rank": 4, "dora": True, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}}
+BF16 = {"precision": "bf16"}
+SP = dict(sequence_parallel=True)
+FURTHER = [      # beside the layouts of the parity table: precisions, adapters, a scalar head
+    (1, raw(parity_table.DENSE, {}, BF16)),
+    (1, raw(parity_table.DENSE, {}, {}, **LORA)),
+    (1, raw({**parity_table.DENSE, "head": "scalar"}, {}, {})),
+    (2, raw(parity_table.DENSE, dict(zero1=True), BF16)),
+    (2, raw(parity_table.MODELS["tied"], dict(pp=2, zero1=True), BF16)),
+    (2, raw(parity_table.DENSE, dict(tp=2, **SP), BF16, **ALL_LORA)),
+    (2, raw(parity_table.MOE, dict(tp=2, **SP, etp=1, ep=2, zero1=True), BF16, **ALL_LORA)),
+    (2, raw(parity_table.MODELS["latent-moe"], dict(ep=2, zero1=True), BF16)),
+]
+
+
+def of_parity_table(num_ranks: int):
+    """One case of the parity table for each way of laying weights out; schedules, micro-batches and recomputation do not change them."""
+    found = {}
+    for row in parity_table.CASES:
+        if row.ranks == num_ranks:
+            found.setdefault((row.model, str(row.layout)), raw(parity_table.MODELS[row.model], row.layout, {}))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_weights_gradients_and_optimizer_are_what_ranks_allocate(num_ranks):
+    cases = of_parity_table(num_ranks) + [case for n, case in FURTHER if n == num_ranks]
+    wrong = []
+    for rank, measured in enumerate(ranks.run(num_ranks, planner_probe.kept, cases)):
+        for case, (parameters, gradients, optimizer, places) in zip(cases, measured):
+            said = weights(validate(case, num_ranks), num_ranks, *places)
+            if (said.parameters, said.gradients, said.optimizer) != (parameters, gradients, optimizer):
+                wrong.append((rank, case["model"]["family"], case["parallel"], said, (parameters, gradients, optimizer)))
+    assert not wrong
+
+
+# --- activations ----------------------------------------------------------------------------------------------------------
+
+SIZES = dict(num_layers=2, hidden_size=128, ffn_hidden_size=320, num_attention_heads=8, vocab_size=500)
+GQA = dict(family="llama", **SIZES, num_query_groups=2)
+EXPERTS = dict(family="mixtral", **SIZES, moe=dict(num_experts=4, top_k=2, shared_expert_ffn_hidden_size=192))
+LATENT = dict(family="deepseek_v3", **SIZES, mla=dict(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16))
+LATENT_EXPERTS = {**LATENT, "moe": dict(num_experts=8, top_k=2, ffn_hidden_size=64, shared_expert_ffn_hidden_size=64, first_dense_layers=1)}
+TWO = {"seq_len": 128, "micro_batch": 2}
+SAVED = [
+    (1, raw(dict(family="llama", **SIZES), {}, TWO)),
+    (1, raw({**GQA, "qk_norm": True}, {}, {**TWO, "micro_batch": 1, "precision": "bf16"})),
+    (1, raw(dict(family="gpt2", **SIZES), {}, TWO)),
+    (1, raw(dict(family="gemma2", **SIZES, head_dim=16), {}, TWO)),
+    (1, raw(LATENT, {}, TWO)),
+    (1, raw(EXPERTS, {}, TWO)),
+    (1, raw(GQA, {}, {**TWO, "recompute": "selective"})),
+    (1, raw(LATENT, {}, {**TWO, "recompute": "selective"})),
+    (1, raw(EXPERTS, {}, {**TWO, "recompute": "full"})),
+    (2, raw(GQA, dict(tp=2), TWO)),
+    (2, raw(GQA, dict(tp=2, **SP), TWO)),
+    (2, raw(GQA, dict(tp=2, **SP), {**TWO, "recompute": "full"})),
+    (2, raw(GQA, dict(cp=2), TWO)),
+    (2, raw(GQA, dict(pp=2), {**TWO, "recompute": "selective"})),
+    (2, raw(EXPERTS, dict(tp=2, **SP), TWO)),
+    (2, raw(LATENT_EXPERTS, dict(tp=2, **SP, ep=2, etp=1), TWO)),
+]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_activations_are_what_autograd_saves(num_ranks):
+    """The demand is 10%; what is found is below 0.2%, summed over ranks (experts are not evenly busy). The logits are exact."""
+    cases = [case for n, case in SAVED if n == num_ranks]
+    by_rank = ranks.run(num_ranks, planner_probe.saved, cases)
+    for i, case in enumerate(cases):
+        run = validate(case, num_ranks)
+        model, said, measured = Saved(run, "torch", "cpu"), 0, 0
+        for pp_rank, found in (results[i] for results in by_rank):
+            for chunk, (activations, logits) in zip(chunks(run)[pp_rank], found):
+                said, measured = said + model.chunk(chunk), measured + activations
+                assert logits == (model.logits if chunk.is_last else 0)
+        assert said == pytest.approx(measured, rel=0.002), case
+
+
+def test_a_full_pipeline_holds_what_its_schedule_says():
+    assert [in_flight(4, 1, rank, 8) for rank in range(4)] == [[4], [3], [2], [1]]
+    assert in_flight(4, 1, 0, 2) == [2]                     # no more than there are
+    assert in_flight(4, 2, 0, 8) == [7, 4]                  # 2 * 3 + 4 passes of warm-up, and one: 4, 4, then 3 through the first chunk again
+    assert in_flight(2, 4, 1, 100) == [2, 2, 2, 1]
+
+
+# --- the search -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_layout_that_is_offered_passes_the_checks_and_fits(tmp_path):
+    base, file, pins = read(LLAMA8B, [])
+    cluster = make_cluster("h100", 16)
+    answer = search(base, cluster, pins)
+    assert answer.plans and answer.plans == sorted(answer.plans, key=lambda plan: plan.time.total)
+    for plan in answer.plans[:20]:
+        assert plan.memory.total <= cluster.gpu.memory_gib * GIB
+        write(file, plan, str(tmp_path / "out.yaml"))
+        written = load_config(tmp_path / "out.yaml", world_size=16)      # raises where it is not legal
+        assert written.parallel == plan.run.parallel and written.train.micro_batch == plan.run.train.micro_batch
+        assert written.optim == load_config(LLAMA8B).optim
+
+
+def test_overrides_fix_parts_of_a_layout():
+    base, _, pins = read(LLAMA8B, ["parallel.tp=4", "train.recompute=full", "optim.lr=1e-4"])
+    plans = search(base, make_cluster("h100", 16), pins).plans
+    assert pins == {"tp": 4, "recompute": "full"} and base.optim.lr == 1e-4
+    assert plans and {(plan.run.parallel.tp, plan.run.train.recompute) for plan in plans} == {(4, "full")}
+
+
+def test_refusals_are_in_the_words_of_the_checks():
+    base, _, pins = read(LLAMA8B, ["model.num_query_groups=2"])
+    answer = search(base, make_cluster("h100", 8), pins)
+    group = answer.refused["model.num_query_groups is not divisible by parallel.tp"]
+    assert group.count > 1 and group.example == "model.num_query_groups(2) is not divisible by parallel.tp(4); legal tp: 1, 2"
+    assert all(plan.run.parallel.tp <= 2 for plan in answer.plans)
+
+
+def test_documents_under_transformer_engine_are_known():
+    """A rule that the engine keeps beside its checks, for it holds only where those layers run."""
+    base, _, pins = read(LLAMA8B, ["data.reset_at_eod=true"])
+    plans = search(base, make_cluster("h100", 8), pins).plans
+    assert plans and all(plan.run.parallel.cp == 1 and plan.run.train.micro_batch == 1 for plan in plans)
+
+
+def test_what_surely_fits_and_what_surely_does_not():
+    def judged(overrides, gpus, gpu="h100", **more):
+        file = {**read(LLAMA8B, overrides)[1]}
+        return own_layout(file, make_cluster(gpu, gpus, **more))[0]
+
+    assert judged([], 8).fits and judged([], 64).fits
+    assert not judged(["parallel.tp=1", "parallel.sequence_parallel=false"], 1).fits      # 18 bytes * 8e9 on one GPU
+    assert not judged(["model.size=llama3_70b"], 8).fits
+    assert not judged([], 8, "rtx-4090").fits
+
+
+@pytest.fixture(scope="module")
+def published():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import _planner_published
+
+    return _planner_published
+
+
+def test_published_runs_fit(published):
+    """Megatron-LM's table as it stands; the dense FP8 runs of Megatron Bridge with the bf16 gradients and moments of its recipes."""
+    for row in published.ROWS:
+        if row.source == published.MEGATRON:
+            assert published.least_recomputation(row) == "none", row.name
+        elif row.source == published.BRIDGE and row.model["family"] == "llama":
+            assert published.least_recomputation(row, precision_aware=True) == "none", row.name
+
+
+def test_published_rates_of_dense_models_are_near(published):
+    """docs/planner.md tells each; here, that no change to a formula goes unnoticed. At 128K the source does not say how it counts FLOPs."""
+    for row in published.ROWS:
+        if not row.model.get("family") in ("gpt2", "llama") or "128K" in row.name:
+            continue
+        plan = published.planned(row)
+        rate = plan.tflops if row.unit == "TFLOP/s" else plan.tokens_per_gpu
+        assert rate == pytest.approx(row.rate, rel=0.11), row.name
+
+
+def test_more_of_anything_needs_no_less():
+    base, _, _ = read(LLAMA8B, [])
+    run = own_layout(read(LLAMA8B, [])[1], make_cluster("h100", 8))[0].run
+
+    def need(**train):
+        return fullest(memory_of(run.model_copy(update={"train": run.train.model_copy(update=train)}), 8, "te"))[1]
+
+    assert need(micro_batch=2).activations == pytest.approx(2 * need().activations, rel=0.01)
+    assert need(recompute="full").total < need(recompute="selective").total <= need().total
+    assert need(precision="fp32").total > need().total
+
+
+def test_time_answers_to_the_hardware():
+    run = own_layout(read(LLAMA8B, [])[1], make_cluster("h100", 64))[0].run
+    slow, fast = (step_time(run, make_cluster("h100", 64, network=network), "te").total for network in ("10g", "ndr"))
+    assert slow > 1.5 * fast
+    assert step_time(run, make_cluster("a100", 64), "te").gemm > 2.5 * step_time(run, make_cluster("h100", 64), "te").gemm
+
+
+def test_stages_of_several_networks_are_refused():
+    with pytest.raises(ConfigError, match="stage=dpo trains beside other networks"):
+        read(LLAMA8B, ["stage=dpo"])
+
+
+def test_budget():
+    run = load_config(LLAMA8B)
+    assert budget.tokens_of(run) == 24000 * 512 * 8192
+    cost = budget.of_run(run, tokens_per_second=1e6, num_gpus=100, tokens=1e12, price=2)
+    assert cost.days == pytest.approx(1e12 / 1e6 / 86400) and cost.gpu_hours == pytest.approx(cost.days * 2400) and cost.price == 2 * cost.gpu_hours
+    sizes = budget.chinchilla(run, 20 * 8030261248)      # 20 tokens for each parameter: it is its own best size
+    assert sizes.best_tokens == pytest.approx(20 * sizes.parameters)
+    assert sizes.best_parameters == pytest.approx(sizes.parameters, rel=1e-6)
+
+
+def test_a_law_of_ones_own_shares_compute():
+    from engine.recipe.scaling import Law
+
+    law = Law("surface", {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28})      # Hoffmann et al., approach 3
+    sizes = budget.chinchilla(load_config(LLAMA8B), 1e11, law)
+    n, d = sizes.best_parameters, sizes.tokens_of_best
+    assert 6 * n * d == pytest.approx(6 * sizes.parameters * 1e11) and d == pytest.approx(law.best_tokens(n), rel=1e-6)
+    assert law.loss(n, d) < min(law.loss(n * 1.3, d / 1.3), law.loss(n / 1.3, d * 1.3))
+
+
+def test_bad_clusters_are_told_at_once():
+    with pytest.raises(ConfigError, match="did you mean h100"):
+        make_cluster("h10O", 8)
+    with pytest.raises(ConfigError) as caught:
+        make_cluster("h100", 12, network="fast", memory_gib=-1)
+    assert len(caught.value.problems) == 3
+
+
+# --- the command ------------------------------------------------------------------------------------------------------------
+
+
+def command(*args, code: int = 0):
+    done = subprocess.run([sys.executable, "launch/plan.py", *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_table_fits_a_terminal_and_needs_no_torch(tmp_path):
+    code = "import runpy, sys; sys.argv = ['plan.py', sys.argv[1], '--gpus', '64']\ntry: runpy.run_path('launch/plan.py', run_name='__main__')\n" \
+           "except SystemExit as end: assert end.code == 0\nassert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, LLAMA8B], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    table = lines.index(next(line for line in lines if line.lstrip().startswith("#")))
+    assert max(map(len, lines[table:table + 11])) <= 100 and lines[table + 10].split()[0] == "10"
+    assert "tokens/s/GPU" in lines[table] and "matrix products" in done.stdout and "Compute-optimal" in done.stdout
+
+
+def test_json_and_write_agree(tmp_path):
+    done = command(LLAMA8B, "--gpus", "8", "--json", "--top", "2", "--tokens", "1e12", "--price", "2", "--write", str(tmp_path / "new.yaml"), "--choose", "2")
+    said = json.loads(done.stdout)
+    plan = said["plans"][1]
+    assert len(said["plans"]) == 2 and plan["tokens"] == 1e12 and plan["price"] == pytest.approx(2 * plan["gpu_hours"])
+    assert load_config(tmp_path / "new.yaml", world_size=8).parallel.model_dump() == plan["parallel"]
+    assert sum(value for name, value in plan["memory_bytes"].items() if name != "total") == plan["memory_bytes"]["total"]
+
+
+def test_nothing_fits_and_what_would_help():
+    done = command(LLAMA8B, "--gpus", "8", "model.size=llama3_70b", "--gpu", "a100", code=1)
+    assert "Nearest miss" in done.stdout and "32 GPUs" in done.stdout and "No layout fits" in done.stdout
+
+
+def test_a_users_mistakes_are_told_without_a_traceback():
+    assert "train.sequence_length is no key" in command(LLAMA8B, "train.sequence_length=1", code=2).stderr
+    assert "is no GPU known here" in command(LLAMA8B, "--gpu", "abacus", code=2).stderr
+    assert "--choose 9999" in command(LLAMA8B, "--write", "/nowhere/x.yaml", "--choose", "9999", code=2).stderr

@@ -274,6 +274,19 @@ class Log(Section):
     """Peak of one device for MFU; 0 looks the GPU up, and leaves MFU out on a CPU."""
 
 
+class Profile(Section):
+    first_step: int = Field(0, ge=0)
+    """The first step that is profiled; 0 profiles nothing. The first steps of a run are not like the others."""
+    num_steps: int = Field(2, ge=1)
+    """Steps that are profiled."""
+    ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    """Ranks that record."""
+    kind: Literal["torch", "nsys"] = "torch"
+    """torch writes a trace and a summary into RUN/profile; nsys marks the steps for `nsys profile --capture-range=cudaProfilerApi`."""
+    memory: bool = False
+    """Record allocations too."""
+
+
 class RunConfig(Section):
     run: Run
     stage: str = "pretrain"
@@ -301,6 +314,7 @@ class RunConfig(Section):
     grpo: Grpo = Grpo()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    profile: Profile = Profile()
 
 
 def load_config(path: str | Path, overrides: list[str] = (), world_size: int | None = None, instead: dict[str, Any] | None = None) -> RunConfig:

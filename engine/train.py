@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine import metrics, schedule
+from engine import metrics, profiling, schedule
 from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.data.loader import Loader, Prefetcher
@@ -90,9 +90,10 @@ class Trainer:
         if run.train.eval_samples and (run.train.steps == 0 or run.train.eval_at_start and not started):
             self._validate(position)
 
-        with Feed(run, loader, position, stage.draws_freely, self.copies) as feed:
+        with Feed(run, loader, position, stage.draws_freely, self.copies) as feed, profiling.opened(run, place) as profile:
             while position.step < schedule.planned_steps(run.train) and not self.has_reached_goal:
                 feed.step = position.step + 1
+                profile.step(feed.step)
                 lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
                 drawn = stage.draw(feed, self.models)
                 updates = Updates(self.trained)
@@ -264,6 +265,7 @@ class Trainer:
         rate = self.stage.roles[name].lr
         return rate / self.run.optim.lr if rate and self.run.optim.lr else 1.0
 
+    @profiling.phase("validate")
     def _validate(self, position: Position) -> None:
         """Every validation set, with the weights as they are and with their average."""
         self.validated = position.step
@@ -314,6 +316,7 @@ class Trainer:
                 found[name] = self.first.total(torch.stack([x.double().reshape(()) for x in pair])).tolist()
             yield found
 
+    @profiling.phase("save")
     def _save(self, position: Position) -> int:
         if self.average.num_taken:
             self.average.save(Path(self.run.run.dir) / "average", position)
@@ -379,6 +382,7 @@ class Feed:
             start(found)
             yield found
 
+    @profiling.phase("wait for data")
     def __next__(self):
         started = time.perf_counter()
         micro_batches = next(self._batches)

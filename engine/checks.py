@@ -23,7 +23,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
               _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
-        for check in (_world, _expert_world, _world_batch, _world_rampup):
+        for check in (_world, _profile, _expert_world, _world_batch, _world_rampup):
             problems += _until_unreadable(check(run, world_size))
     if run.stage == "long_context":
         problems += _until_unreadable(_rungs(run, world_size, set(problems)))
@@ -46,6 +46,12 @@ def _until_unreadable(problems):
 def divisors(n: int, limit: int = 64) -> str:
     """The divisors of n up to limit, for messages that offer the legal choices."""
     return ", ".join(str(d) for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def _profile(run, world_size):
+    absent = [rank for rank in run.profile.ranks if rank >= world_size]
+    if run.profile.first_step and absent:
+        yield f"profile.ranks names rank {absent[0]}, but the {world_size} ranks of this run are numbered from 0 to {world_size - 1}"
 
 
 def _stage(run):

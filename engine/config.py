@@ -278,6 +278,19 @@ class Log(Section):
     """Peak of one device for MFU; 0 looks the GPU up, and leaves MFU out on a CPU."""
 
 
+class Profile(Section):
+    first_step: int = Field(0, ge=0)
+    """The first step that is profiled; 0 profiles nothing. The first steps of a run are not like the others."""
+    num_steps: int = Field(2, ge=1)
+    """Steps that are profiled."""
+    ranks: list[Annotated[int, Field(ge=0)]] = [0]
+    """Ranks that record."""
+    kind: Literal["torch", "nsys"] = "torch"
+    """torch writes a trace and a summary into RUN/profile; nsys marks the steps for `nsys profile --capture-range=cudaProfilerApi`."""
+    memory: bool = False
+    """Record allocations too."""
+
+
 class RunConfig(Section):
     run: Run
     stage: str = "pretrain"
@@ -306,6 +319,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     log: Log = Log()
+    profile: Profile = Profile()
     slurm: Slurm = Slurm()
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine import metrics, rollback, run_folder, schedule
+from engine import metrics, profiling, rollback, run_folder, schedule
 from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.hf.convert import beside_checkpoint, check_expressible
@@ -98,9 +98,11 @@ class Trainer:
             self._validate(position)
 
         asked = switches.ask()
-        with Feed(run, loader, position, stage.draws_freely, self.copies) as feed, contextlib.closing(self.saver):
+        with (Feed(run, loader, position, stage.draws_freely, self.copies) as feed, contextlib.closing(self.saver),
+              profiling.opened(run, place) as profile):
             while self._goes_on(position) and not asked.leave:
                 feed.step = position.step + 1
+                profile.step(feed.step)
                 lr = schedule.learning_rate(feed.step, run.optim, run.schedule, run.train.steps)
                 drawn = stage.draw(feed, self.models)
                 updates = Updates(self.trained)
@@ -374,6 +376,7 @@ class Trainer:
         rate = self.stage.roles[name].lr
         return rate / self.run.optim.lr if rate and self.run.optim.lr else 1.0
 
+    @profiling.phase("validate")
     def _validate(self, position: Position) -> None:
         """Every validation set, with the weights as they are and with their average."""
         self.validated = position.step
@@ -427,6 +430,7 @@ class Trainer:
                 found[name] = self.first.total(torch.stack([x.double().reshape(()) for x in pair])).tolist()
             yield found
 
+    @profiling.phase("save")
     def _save(self, position: Position, must: bool = False, waits: bool = False) -> None:
         """Save, or with checkpoint.async_save begin to. waits: it is written, or could not be, when this returns; must: the latter raises an error."""
         root, contents = Path(self.run.run.dir), {}
@@ -513,6 +517,7 @@ class Feed:
             start(found)
             yield found
 
+    @profiling.phase("wait for data")
     def __next__(self):
         started = time.perf_counter()
         micro_batches = next(self._batches)

@@ -461,3 +461,14 @@ def test_the_configuration_is_there_at_once_and_without_torch():
         assert seconds < 1, seconds
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(engine.checks.__file__).parents[1])
+
+
+@pytest.mark.parametrize("example, world_size", [
+    ("llama3_8b/pretrain", 8), ("llama3_8b/pretrain", 64), ("llama3_70b/pretrain", 64), ("mixtral_8x7b/pretrain", 64), ("deepseek_v3/pretrain", 1024),
+    ("long_context_128k/ladder", 64),
+])
+def test_examples_for_clusters_are_legal_where_they_say(example, world_size):
+    path = Path(__file__).parents[1] / "examples" / f"{example}.yaml"
+    load_config(path, world_size=world_size)
+    with pytest.raises(ConfigError):
+        load_config(path, world_size=world_size + 1)

@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+from engine import profiling
 from engine.mcore import build, generate, masks, mtp, shared, tune
 from engine.sampling import Generated, Sampling
 from engine.stage import Role
@@ -117,6 +118,7 @@ class ParallelModel:
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    @profiling.phase("forward and backward")
     def forward_backward(self, micro_batches: list[dict]) -> Result:
         """Gradients of one global batch, accumulated over this replica's micro-batches. Weights stay."""
         self._biases = self._router_biases()
@@ -141,6 +143,7 @@ class ParallelModel:
         return norm
 
     @torch.no_grad()
+    @profiling.phase("gradient norm")
     def gradient_norm(self, lr: float, number: int = 1) -> float | None:
         """Make the gradients ready for an update with learning rate lr; `number` counts steps from 1. Returns their global norm before
         clipping, or None if fp16 overflowed and the loss scaler skips the update. `update` or `skip_update` follows. Collective."""
@@ -151,6 +154,7 @@ class ParallelModel:
         return None if self._prepare_gradients() else float(self.optimizer.get_grad_norm())
 
     @torch.no_grad()
+    @profiling.phase("optimizer")
     def update(self, norm: float) -> None:
         """Clip the gradients, whose norm this is, and update the weights. Collective."""
         self._clip(norm)
@@ -241,6 +245,7 @@ class ParallelModel:
 
     @torch.no_grad()
     @_awake
+    @profiling.phase("score")
     def score(self, micro_batches: list[dict]) -> list[torch.Tensor]:
         """The output of each micro-batch, fp32 [b, s], on every rank of the replica: the log-probability of each label where loss_mask
         is not 0, or with the scalar head one value per token. All micro-batches have one shape."""
@@ -270,6 +275,7 @@ class ParallelModel:
                 network.is_greedy = False
 
     @_awake
+    @profiling.phase("generate")
     def generate(self, prompts: list[list[int]], sampling: Sampling, keys: list[int] | None = None, decode=None, on_token=None,
                  batch: int = 0) -> list[Generated]:
         """One answer for each prompt of this replica, on all its ranks; see engine/mcore/generate.py. Collective."""

@@ -1,0 +1,185 @@
+"""The speed table of one GPU: each row is a piece of work, done by the engine and by its peers in the same run, with the ratio and the goal.
+
+    python benchmarks/gpu_table.py [--only gpt_1.7b,loss] [--rounds 2] [--steps 10] [--output FILE.md]
+    python benchmarks/gpu_table.py --tiny              # every row's code at toy sizes on a CPU: shows that it runs, says nothing of speed
+
+A contestant lives in a process of its own (_gpu_work.py) and has the GPU to itself; the contestants of a row go round by round, so that a warm GPU is
+everybody's, and the median over all steps counts. FLOPs by Megatron's formula (engine/metrics.py), the same for all contestants of a row. A library that
+is missing is named in its cell. Left out: several GPUs.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(hidden=64, layers=2, heads=4, ffn=96, vocab=256, seq=64, batch=2)
+LLAMA_1B = dict(hidden=2048, layers=16, heads=32, groups=8, ffn=8192, vocab=128256)
+LLAMA_3B = dict(hidden=3072, layers=28, heads=24, groups=8, ffn=8192, vocab=128256)
+BF16, FP8 = {}, {"train": {"fp8": {"recipe": "tensorwise"}}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """contestants: label -> (function of _gpu_work.py, its options). The first is ours; ratios are ours over theirs, in speed. of: what is told beside
+    milliseconds, "tflops" or "memory". tiny: sizes that --tiny takes instead."""
+
+    name: str
+    sizes: dict
+    contestants: dict
+    goal: str
+    of: str = "tflops"
+    tiny: dict = field(default_factory=dict)
+
+
+def training(name: str, sizes: dict, contestants: dict, goal: str) -> Row:
+    return Row(name, sizes, contestants, goal, tiny=TINY)
+
+
+def recipes(sizes: dict) -> dict:
+    found = {f"ours, {recipe}": ("ours", {"train": {"fp8": {"recipe": recipe, **more}}})
+             for recipe, more in (("tensorwise", {}), ("delayed", {}), ("blockwise", {"format": "e4m3"}))}
+    return {**found, "ours, bf16": ("ours", BF16), "plain torch, compiled, torchao's float8": ("torch_llama", {"fp8": True}),
+            "plain torch, compiled, bf16": ("torch_llama", {})}
+
+
+MOE = dict(hidden=2048, ffn=1024, heads=16, vocab=1024, seq=4096, batch=2, layers=1)
+ROWS = [
+    Row("gemm", dict(hidden=8192), {"bf16": ("gemm", {}), "fp8": ("gemm", {"fp8": True})}, "what the machine can do", tiny=dict(hidden=64)),
+    training("gpt_1.7b", dict(hidden=2048, layers=24, heads=16, ffn=8192, vocab=131072, seq=4096, batch=2),
+             {"ours": ("ours", BF16), "megatron-core": ("megatron", {})},
+             "at least 409 TFLOP/s (408.8 published by Megatron-LM for its 1.7B), aim 450; at least 1.0x megatron-core"),
+    training("llama_1b_2048", {**LLAMA_1B, "seq": 2048, "batch": 4}, {"ours": ("ours", BF16), "plain torch, compiled": ("torch_llama", {})},
+             "at least 413 TFLOP/s; at least 1.05x compiled torch"),
+    training("llama_1b_8192", {**LLAMA_1B, "seq": 8192, "batch": 1}, {"ours": ("ours", BF16), "plain torch, compiled": ("torch_llama", {})},
+             "at least 413 TFLOP/s; at least 1.05x compiled torch"),
+    training("llama_3b_8192", {**LLAMA_3B, "seq": 8192, "batch": 1}, {"ours": ("ours", BF16), "plain torch, compiled": ("torch_llama", {})},
+             "at least 432 TFLOP/s; at least 1.05x compiled torch"),
+    training("fp8_2048", dict(hidden=2048, layers=24, heads=16, ffn=8192, vocab=32768, seq=4096, batch=4), recipes(TINY), "tensorwise at least 1.10x our bf16"),
+    training("fp8_4096", dict(hidden=4096, layers=8, heads=32, ffn=14336, vocab=32768, seq=4096, batch=4), recipes(TINY), "tensorwise at least 1.20x our bf16"),
+    Row("loss", dict(hidden=4096, vocab=131072, seq=8192, batch=1), {"ours": ("our_loss", {}), "F.linear, F.cross_entropy": ("plain_loss", {})},
+        "peak memory at most 0.25x, time at most 1.05x", "memory", tiny=TINY),
+    *(Row(f"moe_{experts}", {**MOE, "experts": experts, "top_k": top_k},
+          {"ours": ("our_moe", {}), "dense MLP of equal FLOPs": ("dense_mlp", {}), "loop over experts": ("torch_moe", {"grouped": False}),
+           "torch._grouped_mm": ("torch_moe", {"grouped": True})},
+          "at least 0.75x of the dense MLP", tiny={**TINY, "experts": 4, "top_k": 2}) for experts, top_k in ((8, 2), (64, 8))),
+    Row("generation", {**LLAMA_1B, "prompt": 128, "seq": 384, "batch": 64}, {"ours": ("our_generation", {}), "transformers": ("hf_generation", {})},
+        "at least 3x transformers", tiny={**TINY, "prompt": 8, "seq": 16}),
+]
+
+
+def measured(row: Row, arguments) -> dict[str, dict]:
+    """label -> what its process said, its seconds those of all rounds."""
+    sizes = {**(row.tiny if arguments.tiny else row.sizes), "device": arguments.device}
+    found: dict[str, dict] = {}
+    for _ in range(arguments.rounds):
+        for label, (function, options) in row.contestants.items():
+            options = {**options, **({"compile": False} if arguments.tiny and function == "torch_llama" else {})}
+            asked = json.dumps({"sizes": sizes, "warm_up": arguments.warm_up, "steps": arguments.steps, **options})
+            if "seconds" not in found.get(label, {"seconds": []}):
+                continue
+            done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "_gpu_work.py"), function, asked], cwd=ROOT, capture_output=True, text=True)
+            answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": f"exit code {done.returncode}"}
+            if "failed" in answer:
+                print(done.stderr[-3000:], file=sys.stderr)
+            if "seconds" in answer and label in found:
+                answer["seconds"] += found[label]["seconds"]
+            found[label] = answer
+    return found
+
+
+def lines_of(row: Row, found: dict[str, dict]) -> list[str]:
+    first = next(iter(row.contestants))
+    ours = statistics.median(found[first]["seconds"]) if "seconds" in found[first] else None
+    lines = []
+    for label, answer in found.items():
+        if "seconds" not in answer:
+            lines.append(f"| {row.name} | {label} | {answer.get('missing') or answer.get('failed')} | | | | |")
+            continue
+        seconds = statistics.median(answer["seconds"])
+        tflops = f"{answer['flops'] / seconds / 1e12:.1f}" if answer["flops"] else ""
+        memory = f"{answer['above_gib' if row.of == 'memory' else 'peak_gib']:.2f}"
+        ratio = f"{seconds / ours:.2f}" if ours and label != first else ""
+        lines.append(f"| {row.name} | {label} | {1000 * seconds:.2f} | {tflops} | {memory} | {ratio} | {row.goal if label == first else ''} |")
+    return lines
+
+
+def waiting(arguments) -> list[str]:
+    """The loader and the feed in a real run: the share of the time in which the loop waited for data."""
+    import numpy as np
+
+    from engine.config import dump_config
+    from engine.data.indexed import IndexedWriter
+    from engine.log import read_metrics
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from _gpu_work import run_of
+
+    sizes = {**(TINY if arguments.tiny else {**LLAMA_1B, "seq": 4096, "batch": 2}), "device": arguments.device}
+    steps = 3 if arguments.tiny else 40
+    with tempfile.TemporaryDirectory() as folder:
+        with IndexedWriter(f"{folder}/text", np.int32) as writer:
+            random = np.random.default_rng(0)
+            for _ in range(200 if arguments.tiny else 20000):
+                writer.add_document(random.integers(0, sizes["vocab"], random.integers(10, 4000)).astype(np.int32))
+        run = run_of(sizes, run={"dir": f"{folder}/run"}, data={"train": [f"{folder}/text"]}, train={"steps": steps}, log={"tensorboard": False},
+                     checkpoint={"save_at_end": False})
+        (Path(folder) / "run.yaml").write_text(dump_config(run))
+        done = subprocess.run([sys.executable, "launch/pretrain.py", f"{folder}/run.yaml"], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stderr[-3000:], file=sys.stderr)
+            return [f"| feed | ours | exit code {done.returncode} | | | | |"]
+        records = read_metrics(run.run.dir)[steps // 4:]
+    share = sum(record["data_wait_s"] for record in records) / sum(record["step_time_s"] for record in records)
+    milliseconds = 1000 * statistics.median(record["step_time_s"] for record in records)
+    return [f"| feed | ours, waiting for data {100 * share:.2f}% of the time | {milliseconds:.2f} | | | | less than 1% |"]
+
+
+def main() -> int:
+    names = [row.name for row in ROWS] + ["feed"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows, comma-separated: " + ", ".join(names))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10, help="of each round")
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on a CPU, one round of one step")
+    parser.add_argument("--output", metavar="FILE.md")
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",") if arguments.only else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    arguments.device = "cpu" if arguments.tiny else "cuda"
+    if arguments.tiny:
+        arguments.rounds = arguments.steps = arguments.warm_up = 1
+    sys.path.insert(0, str(ROOT))
+    lines = [f"{datetime.date.today()}, {machine(arguments.device)}", "",
+             "| work | contestant | ms | TFLOP/s | GiB | its time / the first's | goal |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    print("\n".join(lines), flush=True)
+    for row in ROWS:
+        if row.name in wanted:
+            fresh = lines_of(row, measured(row, arguments))
+            print("\n".join(fresh), flush=True)
+            lines += fresh
+    if "feed" in wanted:
+        lines += (fresh := waiting(arguments))
+        print("\n".join(fresh), flush=True)
+    if arguments.output:
+        Path(arguments.output).write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def machine(device: str) -> str:
+    """What it was measured on; asked of a process of its own, which then holds no memory of the GPU."""
+    code = ("import torch; c = torch.cuda; print(f'{c.get_device_name()}, ' if c.is_available() else '', "
+            "f'torch {torch.__version__}, CUDA {torch.version.cuda}', sep='')")
+    return f"{device}: " + subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

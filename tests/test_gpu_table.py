@@ -1,0 +1,34 @@
+"""benchmarks/gpu_table.py: the code of its rows runs, at toy sizes on a CPU, and what it prints is what was measured. Speed is not looked at."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_table  # noqa: E402
+
+
+def test_rows_run_on_a_cpu(tmp_path):
+    table = tmp_path / "table.md"
+    done = subprocess.run([sys.executable, "benchmarks/gpu_table.py", "--tiny", "--only", "gpt_1.7b,loss", "--output", str(table)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in cells] == [["gpt_1.7b", "ours"], ["gpt_1.7b", "megatron-core"], ["loss", "ours"], ["loss", "F.linear, F.cross_entropy"]]
+    assert all(float(row[2]) > 0 for row in cells), done.stderr
+    assert [float(row[5]) > 0 for row in cells if row[5]] == [True, True]
+
+
+def test_a_row_is_told_by_medians_and_a_missing_library_by_name():
+    row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {}), "other": ("torch_llama", {})}, "at least 2x")
+    found = {"ours": {"seconds": [0.1, 0.2, 0.9], "flops": 4e12, "peak_gib": 3.0, "above_gib": 1.0},
+             "theirs": {"seconds": [0.5, 0.4, 0.3], "flops": 4e12, "peak_gib": 5.0, "above_gib": 2.0}, "other": {"missing": "No module named 'other'"}}
+    assert gpu_table.lines_of(row, found) == ["| work | ours | 200.00 | 20.0 | 3.00 |  | at least 2x |", "| work | theirs | 400.00 | 10.0 | 5.00 | 2.00 |  |",
+                                              "| work | other | No module named 'other' | | | | |"]
+
+
+def test_an_unknown_row_is_refused():
+    done = subprocess.run([sys.executable, "benchmarks/gpu_table.py", "--only", "gpt"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no row is called gpt; there are gemm, gpt_1.7b" in done.stderr

@@ -1,0 +1,77 @@
+"""profile.*: a trace and a summary of the steps that were asked for, on the ranks that were, and no other effect."""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+from training import merged, on_ranks, small_run, write_corpus
+
+from engine import profiling
+from engine.config import ConfigError, validate
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    return small_run({"train": write_corpus(folder / "train"), "valid": write_corpus(folder / "valid", seed=1)}, folder)
+
+
+def test_two_steps_of_one_of_two_ranks(raw, tmp_path):
+    plain = on_ranks(2, merged(raw, {"run": {"dir": str(tmp_path / "plain")}, "parallel": {"tp": 2}}))
+    found = on_ranks(2, merged(raw, {"run": {"dir": str(tmp_path / "run")}, "parallel": {"tp": 2},
+                                     "profile": {"first_step": 3, "num_steps": 2, "ranks": [1], "memory": True}}))
+    assert [record["loss"] for record in found] == [record["loss"] for record in plain]
+    assert not (tmp_path / "plain" / "profile").exists()
+    folder = tmp_path / "run" / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["rank_00001.trace.json.gz", "rank_00001.txt"]
+    with gzip.open(folder / "rank_00001.trace.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert names.count("optimizer") == names.count("forward and backward") == 2
+    text = (folder / "rank_00001.txt").read_text()
+    assert text.startswith("rank 1, steps 3 to 4: ")
+    phases = text.split("\n\n")[1]
+    assert all(name in phases for name in ("forward and backward", "optimizer", "wait for data"))
+    assert shares(text.split("\n\n")[2]) == pytest.approx(100, abs=1), "kinds of work and the rest are all of the time"
+    assert {"matrix products", "communication", "Python, and waiting for other ranks"} <= {line[:44].strip() for line in text.split("\n\n")[2].splitlines()}
+    assert "MiB kept" in text
+
+
+def shares(table: str) -> float:
+    return sum(float(line.split("%")[0].split()[-1]) for line in table.splitlines()[1:])
+
+
+def test_a_run_that_ends_inside_the_profiled_steps(raw, tmp_path):
+    on_ranks(1, merged(raw, {"run": {"dir": str(tmp_path / "run")}, "profile": {"first_step": 6, "num_steps": 5}}))
+    assert (tmp_path / "run/profile/rank_00000.txt").read_text().startswith("rank 0, steps 6 to 6: ")
+
+
+def test_impossible_wishes_are_refused(raw):
+    with pytest.raises(ConfigError, match="profile.ranks names rank 4, but the 2 ranks of this run are numbered from 0 to 1"):
+        validate(merged(raw, {"profile": {"first_step": 2, "ranks": [0, 4]}}), 2)
+    run = validate(merged(raw, {"profile": {"first_step": 2, "kind": "nsys"}}), 1)
+    with pytest.raises(ConfigError, match="profile.kind=nsys marks the work of a GPU, but this run is on cpu"):
+        profiling.opened(run, SimpleNamespace(device="cpu", rank=0))
+
+
+def test_time_that_overlaps_counts_once():
+    assert profiling.union([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "communication"), ("gloo:all_reduce", "communication"), ("aten::addmm", "matrix products"),
+    ("nvjet_hsh_128x256_64x4_1x2_h_bz_TNT", "matrix products"), ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_f16", "attention"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::_fused_adamw_", "optimizer"), ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ("aten::mul", "other operations"),
+])
+def test_kinds_of_work(name, kind):
+    assert profiling.kind_of(name) == kind
+
+
+def test_a_gpu_that_waits_is_idle():
+    event = SimpleNamespace(key="nvjet_gemm", is_user_annotation=False, count=4, self_device_time_total=6e5, self_cpu_time_total=9e5,
+                            self_device_memory_usage=0, self_cpu_memory_usage=0)
+    text = profiling.summary([event], 0.6, {"optimizer": 0.1}, 1.0, 2, "cuda", "rank 0, steps 3 to 4")
+    assert text.splitlines()[0] == "rank 0, steps 3 to 4: 500.0 ms per step"
+    idle = next(line for line in text.splitlines() if line.startswith("idle"))
+    assert idle.split() == ["idle", "200.00", "40.0%"]

@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--folder", default=None, help="where to write; the default is the system's temporary folder")
     parser.add_argument("--only", default="sync,async")
     arguments = parser.parse_args()
+    arguments.only = arguments.only.split(",")
     os.environ.update(OMP_NUM_THREADS="1")
     sys.path.insert(0, str(Path(__file__).parents[1]))
     warnings.filterwarnings("ignore")

@@ -106,7 +106,7 @@ def network(model: str, precision: str, layout: str):
 
     num_ranks, parallel = LAYOUTS[layout]
     sections = {"model": MODELS[model], **SECTIONS.get(model, {})}
-    run = parity_table.config("dense", parallel, {"precision": precision}, num_ranks, sections)
+    run = parity_table.config("dense", parallel, {"precision": precision, "micro_batch": 2}, num_ranks, sections)
     place = topology.start(run)
     found = ParallelModel(run, place, parity_table.CountTokens(), "policy", Role(head=run.model.head))
 

@@ -263,8 +263,9 @@ def test_fp8_state_runs_no_code(recipes, tmp_path):
 
     mark = tmp_path / "executed"
     through_module = b"\x80\x04ctransformer_engine.common.recipe\n%s\n."
+    called = through_module[:-1] % b"os.system" + f"(Vtouch {mark}\ntR.".encode()
     stored = b"\x80\x04ctorch.storage\n_load_from_bytes\n(" + pickle.dumps(pickle.dumps(payloads(str(mark))["os.system"]), 0)[:-1] + b"tR."
-    attack = [content for _, content in pickled(str(mark))] + [through_module % b"os", through_module % b"Path", through_module % b"os.system", stored]
+    attack = [content for _, content in pickled(str(mark))] + [through_module % b"os", through_module % b"Path", called, stored]
     for content in attack:
         with pytest.raises((pickle.UnpicklingError, AttributeError, UnicodeDecodeError, EOFError)):
             clean_fp8_state(as_bytes(content))

@@ -5,8 +5,9 @@
 
 h^k_i = norm(TRM_k(M_k [norm(Emb(t_{i+k})); norm(h^{k-1}_i)])), h^0 being what the output layer reads; embedding and output layer are those of
 the main model, and log p of t_{i+1+k} is taken of h^k_i. The modules and their names in checkpoints are megatron's. Its loss is not used:
-it scales with micro-batches and ranks, rolls labels over the ends of documents, and pads; engine/mcore/run.py divides by what the whole global batch
-counts. Its exchange of tokens between cp ranks is not needed either, because tokens are rolled here while sequences are whole.
+it is divided per micro-batch or by the main loss's count, computed for the padding of the vocabulary too, and its labels roll over the ends of
+documents that a mask tells apart; engine/mcore/run.py divides by what the whole global batch counts. Its exchange of tokens between cp ranks
+is not needed either, because tokens are rolled here while sequences are whole.
 Left out: drawing several tokens at once from these layers (speculation), learned positions.
 """
 

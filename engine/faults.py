@@ -101,7 +101,7 @@ class Guard:
     def __init__(self, settings, switches: Switches, note: Callable[[str], None]):
         self.settings, self.switches, self.note = settings, switches, note
         self.spikes = Spikes(settings.spike_window)
-        self.skips_in_row = 0
+        self.skips_in_row: dict[str, int] = {}  # by role
         self.found: dict = {}
 
     def verdict(self, name: str, model, result, norm: float | None, feed, is_first: bool) -> str:
@@ -112,8 +112,8 @@ class Guard:
         deviation = self.spikes.deviation(result.loss) if is_first and self.settings.spike != "off" else 0.0
         own = [not math.isfinite(result.loss), norm is not None and not math.isfinite(norm), deviation > self.settings.spike_factor]
         is_loss_bad, is_norm_bad, is_spike = self.switches.agree([int(flag) for flag in own])
-        why = ""
-        if is_loss_bad or is_norm_bad:
+        why, is_bad = "", is_loss_bad or is_norm_bad
+        if is_bad:
             what = "loss" if is_loss_bad else "gradient norm"
             why = self._told(what if is_first else f"{name}'s {what}", result.loss if is_loss_bad else norm, model, feed)
         elif is_spike:
@@ -121,9 +121,9 @@ class Guard:
         if is_first and not is_loss_bad:
             self.spikes.add(result.loss)
         if why:
-            self._skip(why, feed, stops=self.settings.nonfinite == "stop" and not is_spike)
+            self._skip(name, why, feed, stops=is_bad and self.settings.nonfinite == "stop")
         elif norm is not None:
-            self.skips_in_row = 0
+            self.skips_in_row[name] = 0
         return why
 
     def report(self) -> dict:
@@ -137,7 +137,7 @@ class Guard:
 
     def restore(self, state: Mapping) -> None:
         self.spikes.losses = deque(state.get("losses", ()), maxlen=self.settings.spike_window)
-        self.skips_in_row = state.get("skips_in_row", 0)
+        self.skips_in_row = dict(state.get("skips_in_row", {}))
 
     def _judged_spike(self, loss: float, deviation: float, feed) -> str:
         """Why a spike lets no update be taken; empty where it is only told. Collective, for one rank alone may have seen it."""
@@ -167,11 +167,11 @@ class Guard:
             origins = [f"rank {rank}: {listed(names)}" for rank, _, _, _, names in found if names]
         return f"the {what} is {value} on {feed.samples()}" + (f" ({listed(origins, '; ')})" if origins else "")
 
-    def _skip(self, why: str, feed, stops: bool) -> None:
+    def _skip(self, name: str, why: str, feed, stops: bool) -> None:
         self.found["why"] = "; ".join(filter(None, (self.found.get("why"), why)))
-        self.skips_in_row += not self.wants_rollback
-        if stops or self.skips_in_row >= self.settings.max_skips_in_row:
-            before = f"; {self.skips_in_row} updates in a row were to be skipped" if self.skips_in_row > 1 else ""
+        num = self.skips_in_row[name] = self.skips_in_row.get(name, 0) + (not self.wants_rollback)
+        if stops or num >= self.settings.max_skips_in_row:
+            before = f"; {num} updates in a row were to be skipped" if num > 1 else ""
             raise TrainingStopped(f"step {feed.step}: {why}{before}; this update changed no weight. "
                                   "Lower optim.lr, look at these samples (data_tools/which.py, peek.py), or resume from an earlier checkpoint")
         self.note(f"step {feed.step}: update skipped, {why}")

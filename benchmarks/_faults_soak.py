@@ -3,8 +3,8 @@
 Two ranks train a small model under launch/supervise.py, which is started again when it ends with 75 or is killed, as a system's service manager
 would. A case is a fault, 10 to 30 s after the one before, wherever the run happens to be: in a step, in a save, while ranks start. Where a start
 takes longer than 10 s pauses are longer in proportion, or the run would never come to anything. Then RUN/STOP ends it, another one goes as far
-without faults, and the two are compared: every line of metrics.jsonl but for times and memory, and every
-weight of the last checkpoint that both have. Where a person would be needed (the supervisor gives up) the campaign has failed.
+without faults, and the two are compared: every line of metrics.jsonl but for times and memory, and every weight of the last checkpoint that both
+have. Where a person would be needed (the supervisor gives up) the campaign has failed.
 
 Goodput is the time of the steps that count, each once, in the time of the whole. A start takes several seconds of both cores of a small machine,
 so with a fault every 20 s it says more about starting than about training.
@@ -63,7 +63,8 @@ def run(cases: int, seed: int) -> int:
         good = sum(line["step_time_s"] for line in _lines(soaked.folder) if "split" not in line)
         problems = _differences(soaked.folder, quiet.folder)
         starts = [event for event in soaked.events() if event["event"] == "launch"]
-        print(f"| soak, seed {seed} | {cases} faults in {seconds / 60:.1f} min, one in {every:.0f} s: {', '.join(f'{n} {name}' for name, n in faults.most_common())} |")
+        met = ", ".join(f"{n} {name}" for name, n in faults.most_common())
+        print(f"| soak, seed {seed} | {cases} faults in {seconds / 60:.1f} min, one in {every:.0f} s: {met} |")
         print(f"| | ranks started {len(starts)} times, the supervisor {soaked.num_starts} times; {soaked.steps} steps, {soaked.num_repeated} repeated |")
         start = statistics.median(soaked.start_seconds)
         print(f"| | goodput {100 * good / seconds:.0f}%; {start:.1f} s from the start of ranks to their first step (median) |")

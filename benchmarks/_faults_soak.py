@@ -1,9 +1,10 @@
 """A run that meets a random fault about every 20 s for ten minutes, and nobody looks after it: goodput, and is it bit-equal to a quiet one?
 
 Two ranks train a small model under launch/supervise.py, which is started again when it ends with 75 or is killed, as a system's service manager
-would. A case is a fault, 10 to 30 s after the one before, wherever the run happens to be: in a step, in a save, while ranks start. Then RUN/STOP
-ends the run, another one goes as far without faults, and the two are compared: every line of metrics.jsonl but for times and memory, and every
-weight of the last checkpoint that both have. Where a person would be needed (the supervisor gives up) the campaign has failed.
+would. A case is a fault, 10 to 30 s after the one before, wherever the run happens to be: in a step, in a save, while ranks start. Where a start
+takes longer than 10 s pauses are longer in proportion, or the run would never come to anything. Then RUN/STOP ends it, another one goes as far
+without faults, and the two are compared: every line of metrics.jsonl but for times and memory, and every weight of the last checkpoint that both
+have. Where a person would be needed (the supervisor gives up) the campaign has failed.
 
 Goodput is the time of the steps that count, each once, in the time of the whole. A start takes several seconds of both cores of a small machine,
 so with a fault every 20 s it says more about starting than about training.
@@ -28,7 +29,7 @@ from engine.supervise.folder import steps_taken
 from engine.supervise.restarts import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES, EVERY = 30, 20.0  # faults, seconds between two
+CASES, EVERY, STARTS = 30, 20.0, 2.0  # faults; seconds between two, but no less than so many starts
 TRACKER = "latest_checkpointed_iteration.txt"
 NUM_RANKS, STEPS = 2, 100_000  # more steps than there is time for
 TIMES = {"step_time_s", "tokens_per_s", "tflops_per_device", "data_wait_s", "peak_memory_gib"}
@@ -36,7 +37,7 @@ SETTINGS = {
     "run": {"timeout_minutes": 1},  # a rank that is stopped while it starts is found by this
     "model": {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 256}, "parallel": {"zero1": True}, "schedule": {"kind": "constant"},
     "train": {"steps": STEPS, "seq_len": 128, "global_batch": 16, "micro_batch": 8, "eval_every": 100, "eval_samples": 16},
-    "checkpoint": {"save_every": 25, "keep_last": 4, "keep_every": 500}, "faults": {"hang_seconds": 8}, "log": {"every": 25},
+    "checkpoint": {"save_every": 25, "keep_last": 4, "keep_every": 500}, "faults": {"hang_seconds": 10}, "log": {"every": 25},
 }
 
 
@@ -46,8 +47,10 @@ def run(cases: int, seed: int) -> int:
         work = Path(folder)
         config = _configuration(work)
         soaked, started = Service(config, work / "soaked"), time.monotonic()
+        soaked.watch(until=lambda: soaked.start_seconds)
+        every = max(EVERY, STARTS * soaked.start_seconds[0])
         for _ in range(cases):
-            soaked.watch(rng.uniform(0.5 * EVERY, 1.5 * EVERY))
+            soaked.watch(rng.uniform(0.5 * every, 1.5 * every))
             fault = rng.choice(FAULTS)
             faults[fault.__name__ if fault(soaked, rng) else "too early for one"] += 1
         furthest = soaked.steps
@@ -60,7 +63,8 @@ def run(cases: int, seed: int) -> int:
         good = sum(line["step_time_s"] for line in _lines(soaked.folder) if "split" not in line)
         problems = _differences(soaked.folder, quiet.folder)
         starts = [event for event in soaked.events() if event["event"] == "launch"]
-        print(f"| soak, seed {seed} | {cases} faults in {seconds / 60:.1f} min: {', '.join(f'{n} {name}' for name, n in faults.most_common())} |")
+        met = ", ".join(f"{n} {name}" for name, n in faults.most_common())
+        print(f"| soak, seed {seed} | {cases} faults in {seconds / 60:.1f} min, one in {every:.0f} s: {met} |")
         print(f"| | ranks started {len(starts)} times, the supervisor {soaked.num_starts} times; {soaked.steps} steps, {soaked.num_repeated} repeated |")
         start = statistics.median(soaked.start_seconds)
         print(f"| | goodput {100 * good / seconds:.0f}%; {start:.1f} s from the start of ranks to their first step (median) |")

@@ -1,6 +1,7 @@
 """Several machines that start, restart and end together. Node 0 relays; every node, node 0 too, speaks with it over one TCP connection.
 
-    nodes = await join(node, num_nodes, "host:29400", seconds=600, said=events.write)
+    nodes = Nodes(node, num_nodes, ("node0", 29400), seconds=600)
+    places = await nodes.gather("start", mine)       # waits until all are there
     values = await nodes.gather("outcome", mine)     # of all nodes by number; None for one that was lost
     nodes.call("failed")                             # to all others at once: nodes.heard["failed"] is set there
 

@@ -2,7 +2,7 @@
 
     ranks = Ranks(command, place, logs, lock.descriptor, console, shows_all=False)
     await ranks.start()
-    while not ranks.are_all_told:
+    while not ranks.are_all_reported:
         for rank in await ranks.changes(0.2): ...    # those that have just ended
     await ranks.end(seconds=0)                       # whatever is left, and all that they started
 
@@ -92,7 +92,7 @@ class Ranks:
     def __init__(self, command: Sequence[str], place: Place, logs: Path, lock: int, console: Console, shows_all: bool):
         self._command, self.place, self._logs, self._lock, self._console, self._shows_all = command, place, logs, lock, console, shows_all
         self.all: list[Rank] = []
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         self._tails: list[Tail] = []
 
     async def start(self) -> None:
@@ -126,9 +126,9 @@ class Ranks:
         return [rank for rank in self.all if rank.code is None]
 
     @property
-    def are_all_told(self) -> bool:
-        """Has `changes` told the end of every rank?"""
-        return len(self._told) == len(self.all)
+    def are_all_reported(self) -> bool:
+        """Has `changes` reported the end of every rank?"""
+        return len(self._reported) == len(self.all)
 
     @property
     def pids(self) -> list[int]:
@@ -136,11 +136,11 @@ class Ranks:
 
     async def changes(self, seconds: float) -> list[Rank]:
         """Show new output; the ranks that have ended since this was last asked, waiting at most so long for the first."""
-        pending = [rank for rank in self.all if rank.number not in self._told]
+        pending = [rank for rank in self.all if rank.number not in self._reported]
         await asyncio.wait([rank.end for rank in pending], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         self._show()
         ended = [rank for rank in pending if rank.end.done()]
-        self._told |= {rank.number for rank in ended}
+        self._reported |= {rank.number for rank in ended}
         return sorted(ended, key=lambda rank: rank.seconds)
 
     def signal(self, what: int) -> None:
@@ -150,7 +150,7 @@ class Ranks:
                 rank.process.send_signal(what)
 
     async def kill(self) -> None:
-        """End the ranks that run: they dump their stacks (engine/faults.py answers SIGUSR2), then the kernel ends them."""
+        """End the ranks that run: they dump their stacks (engine/signals.py answers SIGUSR2), then the kernel ends them."""
         self.signal(signal.SIGUSR2)
         if self.running:
             await asyncio.wait([rank.end for rank in self.running], timeout=DUMP_SECONDS)
@@ -167,10 +167,10 @@ class Ranks:
         for rank in self.all:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
-        for process in orphans():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        while orphans():
+        while found := orphans():
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             await asyncio.sleep(0.01)
         self._show()
         for tail in self._tails:

@@ -167,7 +167,7 @@ class Supervisor:
     async def _watch(self, ranks: Ranks) -> str:
         """Until no rank runs. Returns the first failure, in words."""
         first, limit = "", Limit()
-        while not ranks.are_all_told:
+        while not ranks.are_all_reported:
             for rank in await ranks.changes(POLL_SECONDS):
                 self.events.write("exit", f"{rank} after {rank.seconds:.1f} s", launch=self.num_launches, rank=rank.number, code=rank.code,
                                   seconds=round(rank.seconds, 3))

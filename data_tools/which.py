@@ -3,6 +3,7 @@
   python data_tools/which.py runs/base --step 1200                 # all samples of the step
   python data_tools/which.py runs/base --step 1200 --rank 3 --text # what rank 3 read, decoded
   python data_tools/which.py runs/base --step 1200 --json          # a line of JSON per sample
+  python data_tools/which.py runs/base --samples 9600-9607         # by number, as a message about a loss names them
 
 Reads the configuration that the run's newest checkpoint was trained with (RUN/config.yaml for later steps), the step's line of metrics.jsonl
 for the samples it consumed (so ramp-ups and resumed runs are told as they were; a step that is not there yet is told as planned) and
@@ -25,7 +26,9 @@ from data_tools.cli import UsageError, positive, run_tool
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="which.py", description="Name the documents that a step of a run was trained on.")
     parser.add_argument("run", metavar="RUN", help="the run's folder")
-    parser.add_argument("--step", type=positive, required=True, metavar="N", help="the step, counted from 1 as in metrics.jsonl")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=positive, metavar="N", help="the step, counted from 1 as in metrics.jsonl")
+    what.add_argument("--samples", type=_range, metavar="FIRST-LAST", help="instead of a step: samples by number, as the newest configuration reads them")
     parser.add_argument("--rank", type=int, metavar="R", help="only what this rank of the run read (all ranks of a replica read the same)")
     parser.add_argument("--text", action="store_true", help="print the text too, decoded by data.tokenizer (ids where the run has none)")
     parser.add_argument("--json", action="store_true", help="one JSON object per sample")
@@ -34,21 +37,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 def which(args: argparse.Namespace) -> None:
     from engine.data import text
+    from engine.rollback import read as read_rollbacks
 
     folder = Path(args.run)
     run = _config(folder, args.step)
-    first, size, is_planned = _position(folder, run, args.step)
+    if args.samples and args.rank is not None:
+        raise UsageError("--rank is of a step; leave it out with --samples")
+    first, size, is_planned = (*args.samples, False) if args.samples else _position(folder, run, args.step)
     dataset, _ = text.datasets(run, max(_planned_samples(run), first + size), 0)
     numbers = _share(folder, run, dataset, first, size, args.rank)
     decode = _decoder(run) if args.text else None
-    if not args.json:
+    if args.step and not args.json:
+        for gone_back in read_rollbacks(folder):
+            if gone_back.next_sample == first:
+                print(f"before it samples {gone_back.first_sample} to {first - 1} were passed over: the run went back from step {gone_back.at_step} "
+                      f"to {gone_back.to_step}, since {gone_back.why}")
         share = f", of which rank {args.rank} reads {len(numbers)}" if args.rank is not None else ""
         print(f"step {args.step}: samples {first} to {first + size - 1}{share}{' (as planned: the step is not in metrics.jsonl)' if is_planned else ''}")
     for found in _found(dataset, numbers, decode):
-        print(json.dumps({"step": args.step, **found}, ensure_ascii=False) if args.json else _shown(found))
+        of_step = {"step": args.step} if args.step else {}
+        print(json.dumps({**of_step, **found}, ensure_ascii=False) if args.json else _shown(found))
 
 
-def _config(folder: Path, step: int):
+def _range(text: str) -> tuple[int, int]:
+    """FIRST-LAST as (first, how many)."""
+    first, dash, last = text.partition("-")
+    if not (first.isdigit() and (last.isdigit() or not dash)) or int(last or first) < int(first):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FIRST-LAST, such as 9600-9607")
+    return int(first), int(last or first) - int(first) + 1
+
+
+def _config(folder: Path, step: int | None):
     from omegaconf import OmegaConf
 
     from engine.config import RunConfig
@@ -57,7 +76,7 @@ def _config(folder: Path, step: int):
     from engine.stages import STAGES, TEXT
 
     path, written = folder / "config.yaml", find(folder / "checkpoints")
-    if written and step <= int(written.name.removeprefix("iter_")):
+    if written and step and step <= int(written.name.removeprefix("iter_")):
         path = written / "config.yaml"      # RUN/config.yaml is of the last start, which need not have gone well
     if not path.is_file():
         raise UsageError(f"{folder} is no folder of a run: it has no config.yaml (of a ladder, name one of its rungs)")
@@ -81,6 +100,7 @@ def _position(folder: Path, run, step: int) -> tuple[int, int, bool]:
     """(first sample, samples, False) of a step that metrics.jsonl holds; (..., True) of one that the schedule says is to come."""
     from engine import schedule
     from engine.log import read_metrics
+    from engine.rollback import read as read_rollbacks
 
     records = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     record = next((record for record in records if record["step"] == step), None)
@@ -91,6 +111,7 @@ def _position(folder: Path, run, step: int) -> tuple[int, int, bool]:
         raise UsageError(f"--step {step}: the run has steps 1 to {planned}")
     done = [record for record in records if record["step"] < step][-1:]
     at, consumed = (done[0]["step"], done[0]["consumed_samples"]) if done else _start(run)
+    consumed = max([consumed, *(gone_back.next_sample for gone_back in read_rollbacks(folder) if gone_back.to_step == at)])
     if at >= step:
         raise UsageError(f"--step {step}: the run began after step {at} of {run.checkpoint.load}, which has its own folder")
     for _ in range(at, step - 1):

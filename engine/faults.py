@@ -47,7 +47,7 @@ class Switches:
         self.signals, self.max_seconds = signals, 60 * run.train.max_minutes
         self.save_file, self.stop_file = (Path(run.run.dir) / name for name in ("SAVE", "STOP"))
         self.is_first = dist.get_rank() == 0
-        self.started, self._heard = time.monotonic(), None
+        self.started = self._heard = None
         if self.is_first:
             self.stop_file.unlink(missing_ok=True)  # of the run that it has stopped
 
@@ -78,6 +78,7 @@ class Switches:
         received = self.signals.received if self.signals else 0
         if not self.is_first:
             return [received, 0, 0, 0]
+        self.started = self.started or time.monotonic()  # when training begins, so that every start takes a step at least
         is_over = 0 < self.max_seconds < time.monotonic() - self.started
         return [received, int(self.save_file.exists()), int(self.stop_file.exists()), int(is_over)]
 
@@ -100,7 +101,7 @@ class Guard:
     def __init__(self, settings, switches: Switches, note: Callable[[str], None]):
         self.settings, self.switches, self.note = settings, switches, note
         self.spikes = Spikes(settings.spike_window)
-        self.skips_in_row = 0
+        self.skips_in_row: dict[str, int] = {}  # by role
         self.found: dict = {}
 
     def verdict(self, name: str, model, result, norm: float | None, feed, is_first: bool) -> str:
@@ -111,8 +112,8 @@ class Guard:
         deviation = self.spikes.deviation(result.loss) if is_first and self.settings.spike != "off" else 0.0
         own = [not math.isfinite(result.loss), norm is not None and not math.isfinite(norm), deviation > self.settings.spike_factor]
         is_loss_bad, is_norm_bad, is_spike = self.switches.agree([int(flag) for flag in own])
-        why = ""
-        if is_loss_bad or is_norm_bad:
+        why, is_bad = "", is_loss_bad or is_norm_bad
+        if is_bad:
             what = "loss" if is_loss_bad else "gradient norm"
             why = self._told(what if is_first else f"{name}'s {what}", result.loss if is_loss_bad else norm, model, feed)
         elif is_spike:
@@ -120,9 +121,9 @@ class Guard:
         if is_first and not is_loss_bad:
             self.spikes.add(result.loss)
         if why:
-            self._count_skip(why, feed, stops=self.settings.nonfinite == "stop" and not is_spike)
+            self._skip(name, why, feed, stops=is_bad and self.settings.nonfinite == "stop")
         elif norm is not None:
-            self.skips_in_row = 0
+            self.skips_in_row[name] = 0
         return why
 
     def report(self) -> dict:
@@ -136,14 +137,15 @@ class Guard:
 
     def restore(self, state: Mapping) -> None:
         self.spikes.losses = deque(state.get("losses", ()), maxlen=self.settings.spike_window)
-        self.skips_in_row = state.get("skips_in_row", 0)
+        self.skips_in_row = dict(state.get("skips_in_row", {}))
 
     def _judged_spike(self, loss: float, deviation: float, feed) -> str:
-        """Why a spike lets no update be taken; empty where it is only told."""
-        median = statistics.median(self.spikes.losses)
-        self.found["spike"] = deviation
-        why = (f"the loss is {loss:.6g} on {feed.samples()}, {deviation:.3g} standard deviations above {median:.6g}, the median of the last "
-               f"{len(self.spikes.losses)}")
+        """Why a spike lets no update be taken; empty where it is only told. Collective, for one rank alone may have seen it."""
+        own = (deviation, f"the loss is {loss:.6g} on {feed.samples()}, {deviation:.3g} standard deviations above "
+                          f"{statistics.median(self.spikes.losses):.6g}, the median of the last {len(self.spikes.losses)}")
+        found = [own] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        self.found["spike"], why = max(found)
         if self.settings.spike == "warn":
             self.note(f"step {feed.step}: {why}")
             return ""
@@ -159,23 +161,24 @@ class Guard:
         dist.all_gather_object(found, own)
         value = next(value for _, _, value, _, _ in found if value is not None and not math.isfinite(value))
         losses = {replica: batches for _, replica, _, batches, _ in found if batches}
-        origins = [f"replica {replica}" + (f": samples {_listed(numbers)}" if (numbers := feed.numbers(replica, batches)) else "")
+        origins = [f"replica {replica}" + (f": samples {listed(numbers)}" if (numbers := feed.numbers(replica, batches)) else "")
                    for replica, batches in losses.items()]
         if not origins:
-            origins = [f"rank {rank}: {_listed(names)}" for rank, _, _, _, names in found if names]
-        return f"the {what} is {value} on {feed.samples()}" + (f" ({_listed(origins, '; ')})" if origins else "")
+            origins = [f"rank {rank}: {listed(names)}" for rank, _, _, _, names in found if names]
+        return f"the {what} is {value} on {feed.samples()}" + (f" ({listed(origins, '; ')})" if origins else "")
 
-    def _count_skip(self, why: str, feed, stops: bool) -> None:
-        self.skips_in_row += 1
+    def _skip(self, name: str, why: str, feed, stops: bool) -> None:
         self.found["why"] = "; ".join(filter(None, (self.found.get("why"), why)))
-        if stops or self.skips_in_row >= self.settings.max_skips_in_row:
-            before = f"; {self.skips_in_row} updates in a row were to be skipped" if self.skips_in_row > 1 else ""
+        num = self.skips_in_row[name] = self.skips_in_row.get(name, 0) + (not self.wants_rollback)
+        if stops or num >= self.settings.max_skips_in_row:
+            before = f"; {num} updates in a row were to be skipped" if num > 1 else ""
             raise TrainingStopped(f"step {feed.step}: {why}{before}; this update changed no weight. "
                                   "Lower optim.lr, look at these samples (data_tools/which.py, peek.py), or resume from an earlier checkpoint")
         self.note(f"step {feed.step}: update skipped, {why}")
 
 
-def _listed(things, comma: str = ", ") -> str:
+def listed(things, comma: str = ", ") -> str:
+    """The first few of them."""
     things = list(map(str, things))
     return comma.join(things[:MANY]) + (f"{comma}and {len(things) - MANY} more" if len(things) > MANY else "")
 

@@ -35,7 +35,7 @@ class Faults(Section):
     nonfinite: Literal["skip", "stop"] = "skip"
     """A loss or gradient that is NaN or infinite: skip that update on all ranks, or stop. What fp16's loss scaler skips is not meant."""
     max_skips_in_row: int = Field(3, ge=1)
-    """Training stops when so many updates in a row were to be skipped, for either reason."""
+    """Training stops when so many updates of a role in a row were to be skipped, for either reason."""
     spike: Literal["off", "warn", "skip", "rollback"] = "warn"
     """A loss far above the recent ones: tell it; skip that update; or go back to a checkpoint and on with the data behind it."""
     spike_window: int = Field(64, ge=8)

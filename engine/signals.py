@@ -5,13 +5,15 @@
         signals.received                # the number of the one that came, 0 for none
 
 A signal is only noted; engine/faults.py asks for it after every step, so that all ranks save at the same one. Further ones change nothing,
-also while a checkpoint is being written. When whoever started this process dies in whatever way, the kernel sends SIGTERM (Linux), so no
-rank stays behind. Left out: SIGINT, which ends a run at once, and signals that cannot be caught.
+also while a checkpoint is being written. When the launcher that started this rank dies in whatever way, the kernel sends SIGTERM (Linux), so no
+rank stays behind; a process that nobody launched as a rank may outlive the shell it was typed into. Left out: SIGINT, which ends a run at once,
+and signals that cannot be caught.
 """
 
 import contextlib
 import ctypes
 import faulthandler
+import os
 import signal
 import sys
 
@@ -28,7 +30,8 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._before = {number: signal.signal(number, self._note) for number in LEAVE}
         self._before[STACKS] = signal.signal(STACKS, lambda number, frame: faulthandler.dump_traceback(STDERR))
-        end_with_parent()
+        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+            end_with_parent()
         return self
 
     def __exit__(self, *error) -> None:

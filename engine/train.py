@@ -30,7 +30,7 @@ from engine.data.buffers import Pool
 from engine.data.ledger import Ledger, history
 from engine.data.loader import Loader, Prefetcher, outline
 from engine.data.replica import Replica
-from engine.faults import Asked, Guard, Switches, TrainingStopped
+from engine.faults import Asked, Guard, Switches, TrainingStopped, listed
 from engine.log import RunLog
 from engine.mcore import build, checkpoint, observe, replicas, topology
 from engine.mcore.average import Average
@@ -186,10 +186,11 @@ class Trainer:
         found = [problem if model is self.first else f"{name}: {problem}" for name, model in self.trained.items() for problem in replicas.mismatches(model)]
         if not found:
             return
-        told = f"after step {position.step}, {'; '.join(found[:4])}" + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+        told = f"after step {position.step}, {listed(found, '; ')}"
         if self.run.faults.replica_mismatch == "stop":
-            raise TrainingStopped(f"{told}. Checkpoints after step {max(0, position.step - self.run.faults.replica_check_every)} may hold it; start again from one before, "
-                                  "and without that machine until its memory was tested")
+            known_good = max(0, position.step - self.run.faults.replica_check_every)
+            raise TrainingStopped(f"{told}. Checkpoints after step {known_good} may hold it; start again from an earlier one, without that machine "
+                                  "until its memory has been tested")
         self.log.note(told)
 
     def _goes_on(self, position: Position) -> bool:

@@ -34,7 +34,6 @@ class Watch:
         self.seconds, self.folder, self.place, self.log = seconds, folder, place, log
         self._last: float | None = None  # time of the last beat
         self._closed = threading.Event()
-        self._is_ending = False
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -70,16 +69,20 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self, seconds: float) -> None:
-        for file in (STDERR, self.log.file_number):
-            os.write(file, f"rank {self.place.rank}: nothing was done for {seconds:.0f} s; all threads:\n".encode())
-            faulthandler.dump_traceback(file)
-        self._own.write_text(json.dumps(_where()))
-        answers = self._answers(time.monotonic() + ANSWER * self.seconds)
-        reason = f"nothing was done for {seconds:.0f} s (faults.hang_seconds={self.seconds:g}): {self._told(answers)}"
-        if self.place.rank == min(answers):
-            self.log.abandon(reason)
-            print(f"error: {reason}; the stacks are in {self.folder}", file=sys.stderr, flush=True)
-        os._exit(ERROR)
+        try:
+            where = _where()
+            for file in (STDERR, self.log.file_number):
+                os.write(file, f"rank {self.place.rank}: nothing was done for {seconds:.0f} s; all threads:\n".encode())
+                faulthandler.dump_traceback(file)
+            self._own.write_text(json.dumps(where))
+            answers = {self.place.rank: where}
+            self._hear(answers, time.monotonic() + ANSWER * self.seconds)
+            reason = f"nothing was done for {seconds:.0f} s (faults.hang_seconds={self.seconds:g}): {self._told(answers)}"
+            if self.place.rank == min(answers):
+                self.log.abandon(reason)
+                print(f"error: {reason}; the stacks are in {self.folder}", file=sys.stderr, flush=True)
+        finally:  # whatever a full disk may say
+            os._exit(ERROR)
 
     @property
     def _own(self) -> Path:
@@ -88,9 +91,8 @@ class Watch:
     def _file(self, rank: int) -> Path:
         return self.folder / f"hung_{rank:05d}.json"
 
-    def _answers(self, deadline: float) -> dict[int, str]:
-        """Where each rank stands that says so in time."""
-        answers: dict[int, str] = {}
+    def _hear(self, answers: dict[int, str], deadline: float) -> None:
+        """Add where each rank stands that says so in time."""
         while len(answers) < self.place.world_size and time.monotonic() < deadline:
             for rank in set(range(self.place.world_size)) - answers.keys():
                 try:
@@ -98,7 +100,6 @@ class Watch:
                 except (OSError, ValueError):
                     pass  # not there, or not whole yet
             time.sleep(min(0.1, POLL * self.seconds))
-        return answers
 
     def _told(self, answers: dict[int, str]) -> str:
         together = defaultdict(list)

@@ -323,7 +323,7 @@ def test_deterministic_runs_are_bit_equal(raw_run, tmp_path):
 
 def attempt(raw, world_size):
     """On a rank: the message that training ends with; None if it does not."""
-    from engine.train import TrainingStopped
+    from engine.faults import TrainingStopped
 
     try:
         train_on_rank(raw, world_size)
@@ -335,10 +335,10 @@ def attempt(raw, world_size):
 @pytest.mark.parametrize("num_ranks,layout", [(1, {}), (2, {"pp": 2}), (2, {})], ids=["one rank", "pp2", "dp2"])
 def test_a_loss_that_is_nan_stops_the_run(raw_run, num_ranks, layout):
     raw = merged(raw_run, {"optim": {"lr": 1e38, "clip_grad": 0.0}, "schedule": {"kind": "constant", "warmup_steps": 0},
-                           "checkpoint": {"save_every": 1}, "parallel": layout})
+                           "checkpoint": {"save_every": 1}, "parallel": layout, "faults": {"nonfinite": "stop"}})
     messages = ranks.run(num_ranks, attempt, raw, num_ranks)
     assert messages == [messages[0]] * num_ranks
-    assert messages[0].startswith("step 2: the loss is nan on samples 4 to 7; the weights are those of step 1.")
+    assert messages[0].startswith("step 2: the loss is nan on samples 4 to 7 (replica 0: samples 4, ") and "changed no weight" in messages[0]
     assert "Lower optim.lr" in messages[0]
     assert status(raw) == {**status(raw), "state": "failed", "step": 1, "reason": messages[0]}
     assert checkpoints(raw) == ["iter_0000001"]
@@ -350,9 +350,9 @@ def with_bad_gradient(raw, world_size, value):
     import torch
     import torch.distributed as dist
 
+    from engine.faults import TrainingStopped
     from engine.mcore import checkpoint
     from engine.mcore.run import ParallelModel
-    from engine.train import TrainingStopped
 
     honest, calls, kept = ParallelModel.forward_backward, [], {}
 
@@ -381,11 +381,11 @@ def with_bad_gradient(raw, world_size, value):
                          ids=["one rank", "tp2", "pp2 bf16"])
 def test_a_gradient_that_is_not_finite_stops_the_run(raw_run, num_ranks, change, value):
     """On one rank only; all ranks must stop alike."""
-    raw = merged(raw_run, {"checkpoint": {"save_every": 2}}, change)
+    raw = merged(raw_run, {"checkpoint": {"save_every": 2}, "faults": {"nonfinite": "stop"}}, change)
     answers = ranks.run(num_ranks, with_bad_gradient, raw, num_ranks, value)
     assert answers == [answers[0]] * num_ranks
     message, touched = answers[0]
-    assert message.startswith(f"step 3: the gradient norm is {value} on samples 8 to 11; the weights are those of step 2.")
+    assert message.startswith(f"step 3: the gradient norm is {value} on samples 8 to 11 (rank {num_ranks - 1}: ")
     assert not touched
     assert status(raw) == {**status(raw), "state": "failed", "reason": message} and checkpoints(raw) == ["iter_0000002"]
 

@@ -3,14 +3,17 @@
     found = mismatches(model)          # sentences, the same on every rank; empty: they agree
 
 Compared are, each over its own process group: all parameters over dp and cp (those of experts over their own data-parallel group), what
-tp ranks hold whole (norms, routers, biases behind row-parallel layers) over tp, and an embedding that serves as output matrix, which the first and
-the last pp rank hold, over these. A fingerprint is two sums over the parameter's bits, one of them weighted by position, in 64-bit integers: any
-single changed bit changes it. It is computed where the weights are, and 16 bytes per parameter travel.
-Left out: the optimizer's state, which zero1 keeps once; FP8 parameters, whose bytes are compared as they would be multiplied.
+tp ranks hold whole (norms, routers, biases behind row-parallel layers) over tp, and an embedding that serves as output matrix, which the
+first and the last pp rank hold, over these; and likewise their fp32 masters where each rank holds its own. A fingerprint is two sums over the
+bits, one of them weighted by position, in 64-bit integers: any single changed bit changes it. It is computed where the weights are, and 16 bytes
+per parameter travel.
+Left out: moments, which show in the weights one update later. With zero1 there is one master of each weight, and all copies are made of it anew
+at every update, so that nothing but a faulty transfer can be found.
 """
 
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -38,35 +41,44 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 def mismatches(model) -> list[str]:
     """One sentence for each parameter that differs, with its ranks."""
     model.gather_weights()
-    prints = {name: fingerprint(parameter) for name, parameter in _parameters(model)}
+    weights = list(_weights(model))
     found = []
-    for group, names in _comparisons(model, prints):
-        if group is not None and dist.get_world_size(group) > 1 and names:
-            found += _differing(names, torch.stack([prints[name] for name in names]), group)
+    for group, chosen in _comparisons(model, weights):
+        if chosen and dist.get_world_size(group) > 1:
+            found += _differing([weight.name for weight in chosen], torch.stack([fingerprint(weight.tensor) for weight in chosen]), group)
     return _known_everywhere(found, model.topology.device)
 
 
-def _parameters(model) -> Iterator[tuple[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Weight:
+    """A tensor, and the parameter that it is or is the fp32 master of."""
+
+    name: str
+    tensor: torch.Tensor
+    parameter: torch.nn.Parameter
+
+
+def _weights(model) -> Iterator[Weight]:
     for number, chunk in enumerate(model.chunks):
         prefix = f"chunk {number}: " if len(model.chunks) > 1 else ""
         for name, parameter in bare(chunk).named_parameters():
-            yield prefix + name, parameter
+            yield Weight(prefix + name, parameter, parameter)
+            if getattr(parameter, "main_param", None) is not None and not getattr(parameter, "main_param_sharded", False):
+                yield Weight(f"{prefix}{name} (fp32 master)", parameter.main_param, parameter)
 
 
-def _comparisons(model, prints) -> Iterator[tuple[object, list[str]]]:
-    """Process groups of this rank and the parameters that all of their ranks must hold alike, in an order that they share."""
-    parameters = dict(_parameters(model))
-    experts = [name for name, parameter in parameters.items() if not getattr(parameter, "allreduce", True)]
-    dense = [name for name in parameters if name not in set(experts)]
+def _comparisons(model, weights: list[Weight]) -> Iterator[tuple[object, list[Weight]]]:
+    """Process groups of this rank and what all of their ranks must hold alike, in an order that they share."""
+    is_expert = lambda weight: not getattr(weight.parameter, "allreduce", True)  # noqa: E731
+    dense = [weight for weight in weights if not is_expert(weight)]
     yield mpu.get_data_parallel_group(with_context_parallel=True), dense
-    if experts:
-        yield mpu.get_expert_data_parallel_group(), experts
-    yield mpu.get_tensor_model_parallel_group(), [name for name in dense if not getattr(parameters[name], "tensor_model_parallel", False)]
+    if len(dense) < len(weights):
+        yield mpu.get_expert_data_parallel_group(), [weight for weight in weights if is_expert(weight)]
+    yield mpu.get_tensor_model_parallel_group(), [weight for weight in dense if not getattr(weight.parameter, "tensor_model_parallel", False)]
     if model.topology.pp > 1:
-        tied = {id(weight) for chunk in model.chunks if (weight := _tied(bare(chunk))) is not None}
-        names = [name for name in dense if id(parameters[name]) in tied]
-        if names:
-            yield mpu.get_embedding_group(), names[:1]
+        tied = [id(weight) for chunk in model.chunks if (weight := _tied(bare(chunk))) is not None]
+        if tied:
+            yield mpu.get_embedding_group(), [weight for weight in dense if id(weight.parameter) == tied[0]]
 
 
 def _tied(network):

@@ -74,8 +74,9 @@ def test_a_task_of_srun_is_a_rank():
     assert tasks.nodes_of_ranks(TASK) == ["localhost", "localhost", "n2"]
 
 
-@pytest.mark.parametrize("environ", [{}, BATCH, SALLOC, INTERACTIVE, {**TASK, "SLURM_STEP_NUM_TASKS": "1"}, {**TASK, "RANK": "0"}],
-                         ids=["no Slurm", "batch script", "salloc", "salloc's own step", "one task", "below torchrun"])
+@pytest.mark.parametrize("environ", [{}, BATCH, SALLOC, INTERACTIVE, {**TASK, "SLURM_STEP_ID": "4294967291"}, {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
+                                     {**TASK, "RANK": "0"}],
+                         ids=["no Slurm", "batch script", "salloc", "salloc's own step", "a batch script's step", "one task", "below torchrun"])
 def test_nothing_else_is(environ):
     assert adopted(environ) == {}
 

@@ -78,7 +78,7 @@ def _what_happened(outcome: Outcome) -> str:
         return f"the check of the nodes ended with code {outcome.checked}"
     if outcome.state == "requeue":
         return f"saved and asked for a requeue ({outcome.reason})"
-    return "done" if outcome.code == 0 else f"the ranks ended with code {outcome.code}" + (f" ({outcome.reason})" if outcome.state == "failed" else "")
+    return "done" if outcome.code == 0 else f"the ranks ended with code {outcome.code}" + (f" ({outcome.reason[:120]})" if outcome.state == "failed" else "")
 
 
 def restarts_without_progress(starts: list[int], now: int) -> int:

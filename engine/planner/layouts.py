@@ -2,6 +2,7 @@
 
     for layout in layouts(base, cluster, pins): ...     # Layout(run, problems); without problems it is legal
 
+pp is a divisor of the layers or a power of two; where layers do not divide evenly, parallel.pp_layers says how they are spread.
 A layout is a RunConfig with another `parallel` section, train.micro_batch and train.recompute. engine/checks.py says what is wrong with it, in the
 words a user would read; nothing here knows a rule of its own, but for what is never worth trying: tp and etp beyond a node, cp that leaves a rank
 less than 1,024 tokens of a sequence, cp with micro-batches above 1 (half of either is the same work with less traffic), and micro-batches or vpp
@@ -12,12 +13,14 @@ no traffic and save memory; so are the overlaps of a dp that there is.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from engine import torch_only
 from engine.checks import cross_checks
 from engine.config import RunConfig
+from engine.planner.weights import spread
 
-AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "zero1")
+AXES = ("tp", "pp", "vpp", "pp_layers", "cp", "ep", "etp", "sequence_parallel", "zero1")
 LEAST_TOKENS, MOST_MICRO_BATCH, MOST_CHUNKS = 1024, 8, 8
 RECOMPUTE = ("none", "selective", "full")      # from the fastest to the smallest
 
@@ -67,14 +70,14 @@ def _grids(base, cluster, pins) -> Iterator[dict]:
 
     in_node = _divisors(min(cluster.per_node, world))
     for tp in values("tp", in_node):
-        for pp in values("pp", _divisors(model.num_layers)):
+        for pp in values("pp", sorted({*_divisors(model.num_layers), *_powers(model.num_layers)})):
             for cp in values("cp", [1, *(cp for cp in _powers(world) if cp > 1 and seq_len // cp >= LEAST_TOKENS)]):
                 if world % (tp * pp * cp):
                     continue      # no layout of that many GPUs
-                for vpp in values("vpp", _chunk_counts(model.num_layers // pp) if pp > 1 else [1]):
+                for vpp in values("vpp", _chunk_counts(model.num_layers, pp)):
                     for ep, etp in _experts(model, tp, world // pp, in_node, values):
                         yield dict(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=pins.get("sequence_parallel", tp > 1),
-                                   zero1=pins.get("zero1", True))
+                                   zero1=pins.get("zero1", True), pp_layers=pins.get("pp_layers", spread(model.num_layers, pp * vpp)))
 
 
 def _experts(model, tp: int, ranks: int, in_node, values):
@@ -103,9 +106,9 @@ def _switches(base, axes: dict, world: int) -> dict:
             "tp_comm_overlap": wants and axes["tp"] > 1 and axes["sequence_parallel"]}
 
 
-def _chunk_counts(layers: int) -> list[int]:
-    """Values of vpp: divisors up to MOST_CHUNKS, and where there is none but 1 the next one (23 layers)."""
-    found = _divisors(layers)
+def _chunk_counts(layers: int, pp: int) -> list[int]:
+    """Values of vpp: divisors of a rank's layers up to MOST_CHUNKS, and where there is none but 1 the next one (23 layers)."""
+    found = [n for n in _divisors(-(-layers // pp)) if pp * n <= layers] if pp > 1 else [1]
     return [n for n in found if n <= MOST_CHUNKS or n == found[1]]
 
 
@@ -122,4 +125,6 @@ def text(run) -> str:
     p = run.parallel
     named = [("tp", p.tp), ("cp", p.cp), ("ep", p.ep), ("etp", p.expert_tp if p.expert_tp != p.tp else 0), ("pp", p.pp), ("vpp", p.vpp)]
     shown = [f"{name} {size}" for name, size in named if size > 1 or name == "etp" and size or name in ("tp", "pp")]
+    runs = [(size, len(list(group))) for size, group in groupby(p.pp_layers)]
+    shown += ["layers " + " ".join(f"{num}x{size}" if num > 1 else str(size) for size, num in runs)] * bool(runs)
     return f"{', '.join(shown)}, micro-batch {run.train.micro_batch}, recompute {run.train.recompute}"

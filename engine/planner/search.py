@@ -4,7 +4,7 @@
     answer = search(base, cluster, pins)                   # Answer: plans, refused, misses
     judge(run, cluster)                                    # Plan of one layout, fitting or not
 
-Of one layout the least recomputation that fits is kept, since more of it only costs time.
+Of one layout the least recomputation that fits is kept, since more of it only costs time; larger micro-batches than one that does not fit are passed over.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from engine.planner.constants import GIB
 from engine.planner.layouts import AXES, RECOMPUTE, Layout, layouts, placed
 from engine.planner.memory import Memory, fullest, memory_of
 from engine.planner.time import StepTime, step_time, tflops
+from engine.planner.weights import least
 from engine.stages import STAGES, TEXT, ladder
 
 PLANNED = (*TEXT, "sft", "reward")
@@ -74,7 +75,7 @@ class Refusals:
 class Answer:
     plans: list[Plan] = field(default_factory=list)
     refused: dict[str, Refusals] = field(default_factory=dict)
-    misses: list[tuple[int, RunConfig]] = field(default_factory=list)      # (bytes needed, layout) of those that do not fit, the nearest first
+    misses: list[tuple[int, RunConfig]] = field(default_factory=list)      # (bytes needed, layout) where no micro-batch fits, the nearest first
 
     @property
     def num_refused(self) -> int:
@@ -97,23 +98,38 @@ def judge(run: RunConfig, cluster: Cluster, backend: str = "") -> Plan:
 def search(base: RunConfig, cluster: Cluster, pins: dict) -> Answer:
     """Every layout of `base` on the cluster. pins: see layouts.layouts; recompute may be among them."""
     _check_fp8(base, cluster)
-    answer, backend, room = Answer(), backend_of(base), cluster.gpu.memory_gib * GIB
+    answer, backend, room, missed = Answer(), backend_of(base), cluster.gpu.memory_gib * GIB, None
     for layout in layouts(base, cluster, pins, backend):
         if layout.problems:
             _refuse(answer, layout)
             continue
-        needed = []
-        for recompute in [pins["recompute"]] if "recompute" in pins else RECOMPUTE:
-            run = placed(layout.run, {"recompute": recompute})
-            needed.append((fullest(memory_of(run, cluster.num_gpus, backend))[1].total, run))
-            if needed[-1][0] <= room:
-                answer.plans.append(judge(run, cluster, backend))
-                break
+        if layout.run.parallel == missed:
+            continue      # a smaller micro-batch did not fit
+        need, run = least(layout.run, cluster.num_gpus), layout.run
+        if need <= room:
+            need, run = _least_recomputation(layout.run, cluster, backend, pins)
+        if need <= room:
+            answer.plans.append(judge(run, cluster, backend))
         else:
-            answer.misses.append(min(needed, key=lambda need: need[0]))
+            missed = layout.run.parallel
+            answer.misses.append((need, run))
     answer.plans.sort(key=lambda plan: (plan.time.total, plan.memory.total))
     answer.misses.sort(key=lambda need: need[0])
+    if not answer.plans:      # the nearest of what was put aside by its weights alone
+        nearest = [_least_recomputation(run, cluster, backend, pins) for _, run in answer.misses[:50]]
+        answer.misses = sorted([*nearest, *answer.misses[50:]], key=lambda need: need[0])
     return answer
+
+
+def _least_recomputation(run: RunConfig, cluster: Cluster, backend: str, pins: dict) -> tuple[int, RunConfig]:
+    """(bytes, run) with the least recomputation that fits, or what needs the least memory."""
+    needs = []
+    for recompute in [pins["recompute"]] if "recompute" in pins else RECOMPUTE:
+        tried = placed(run, {"recompute": recompute})
+        needs.append((fullest(memory_of(tried, cluster.num_gpus, backend))[1].total, tried))
+        if needs[-1][0] <= cluster.gpu.memory_gib * GIB:
+            return needs[-1]
+    return min(needs, key=lambda need: need[0])
 
 
 def _check_fp8(run: RunConfig, cluster: Cluster) -> None:

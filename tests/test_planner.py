@@ -288,6 +288,14 @@ def test_json_and_write_agree(tmp_path):
     assert sum(value for name, value in plan["memory_bytes"].items() if name != "total") == plan["memory_bytes"]["total"]
 
 
+def test_fp8_is_tried_where_it_is_asked_for_and_can_be_had(tmp_path):
+    done = command(LLAMA8B, "--gpus", "8", "--fp8", "--json", "--top", "400", "--write", str(tmp_path / "fp8.yaml"))
+    assert {plan["fp8"] for plan in json.loads(done.stdout)["plans"]} == {"none", "tensorwise"}
+    assert load_config(tmp_path / "fp8.yaml", world_size=8).train.fp8.recipe == "tensorwise"      # the fastest
+    assert "A100 has no FP8" in command(LLAMA8B, "--fp8", "--gpu", "a100", code=2).stderr
+    assert "train.backend=torch" in command(LLAMA8B, "--fp8", "train.backend=torch", code=2).stderr
+
+
 def test_nothing_fits_and_what_would_help():
     done = command(LLAMA8B, "--gpus", "8", "model.size=llama3_70b", "--gpu", "a100", code=1)
     assert "Nearest miss" in done.stdout and "32 GPUs" in done.stdout and "No layout fits" in done.stdout
@@ -296,4 +304,8 @@ def test_nothing_fits_and_what_would_help():
 def test_a_users_mistakes_are_told_without_a_traceback():
     assert "train.sequence_length is no key" in command(LLAMA8B, "train.sequence_length=1", code=2).stderr
     assert "is no GPU known here" in command(LLAMA8B, "--gpu", "abacus", code=2).stderr
+    assert "parallel.tp='two': input should be a valid integer" in command(LLAMA8B, "parallel.tp=two", code=2).stderr.lower()
+    assert "train.micro_batch='many'" in command(LLAMA8B, "train.micro_batch=many", code=2).stderr
+    assert "parallel.tpp is no key" in command(LLAMA8B, "parallel.tpp=2", code=2).stderr
+    assert "tp(1) * pp(16) * cp(1) = 16 does not divide the world size 8" in command(LLAMA8B, "parallel.pp=16", code=1).stdout
     assert "--choose 9999" in command(LLAMA8B, "--write", "/nowhere/x.yaml", "--choose", "9999", code=2).stderr

@@ -49,7 +49,7 @@ FURTHER = [      # beside the layouts of the parity table: precisions, adapters,
 
 def of_parity_table(num_ranks: int):
     """One case of the parity table for each way of laying weights out; schedules, micro-batches, losses and recomputation do not change them."""
-    found, like_others = {}, ("window", "moe-seq", "moe-global", "moe-bias")
+    found, like_others = {}, ("window", "moe-seq", "moe-global", "moe-bias", *(("dense",) if num_ranks == 8 else ()))      # eight are dear
     for row in parity_table.CASES:
         if row.ranks == num_ranks and row.model not in like_others:
             found.setdefault((row.model, str(row.layout)), raw(parity_table.MODELS[row.model], row.layout, {}))

@@ -48,15 +48,15 @@ def _head(base, cluster) -> str:
 def _table(plans: list[Plan], options: Options) -> str:
     has_experts = plans[0].run.model.moe.num_experts > 0
     has_fp8 = any(plan.run.train.fp8.recipe != "none" for plan in plans)
-    names = ["#", "tp", "cp", *(("ep", "etp") if has_experts else ()), "pp", "vpp", "dp", "micro", "recompute", *(("fp8",) if has_fp8 else ()), "GiB", "s/step", "TFLOP/s", "MFU",
-             "tokens/s/GPU", "days"]
+    names = ["#", "tp", "cp", *(("ep", "etp") if has_experts else ()), "pp", "vpp", "dp", "micro", "recompute", *(("fp8",) if has_fp8 else ()),
+             "GiB", "s/step", "TFLOP/s", "MFU", "tokens/s/GPU", "days"]
     rows = []
     for i, plan in enumerate(plans, start=1):
-        p, cost = plan.run.parallel, _cost(plan, options)
+        p, train, cost = plan.run.parallel, plan.run.train, _cost(plan, options)
         experts = (p.ep, p.expert_tp) if has_experts else ()
-        rows.append([i, p.tp, p.cp, *experts, p.pp, p.vpp, plan.dp, plan.run.train.micro_batch, plan.run.train.recompute,
-                     *((plan.run.train.fp8.recipe,) if has_fp8 else ()), f"{plan.memory.total / GIB:.1f}", _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}",
-                     f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
+        recipe = (train.fp8.recipe,) if has_fp8 else ()
+        rows.append([i, p.tp, p.cp, *experts, p.pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
+                     _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
     return _columns([names, *rows])
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from engine.config import RunConfig
 from engine.models import family_defaults
 from engine.planner.cluster import make_cluster
+from engine.planner.layouts import placed
 from engine.planner.search import Plan, judge
+from engine.planner.weights import spread
 
 MEGATRON = "Megatron-LM README, images/model_table.png"
 LLAMA3 = "arXiv 2407.21783, table 4"
@@ -77,13 +79,16 @@ ROWS = [
 
 
 def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, precision_aware: bool = False) -> RunConfig:
-    """Without the engine's checks: it refuses some of these layouts (126 layers on 16 pp ranks, FP8 with latent attention)."""
+    """Without the engine's checks, which refuse some of these runs (FP8 with latent attention)."""
     family, size = row.model["family"], row.model.get("size", "custom")
     parallel = {"zero1": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "sequence_parallel": row.parallel.get("tp", 1) > 1}
-    return RunConfig.model_validate({
-        "run": {"dir": "unused"}, "model": {**family_defaults(family, size), **row.model}, "parallel": {**parallel, **row.parallel, "vpp": vpp},
+    model = {**family_defaults(family, size), **row.model}
+    run = RunConfig.model_validate({
+        "run": {"dir": "unused"}, "model": model, "parallel": {**parallel, **row.parallel, "vpp": vpp},
         "train": {"steps": 1, **row.train, "micro_batch": micro_batch, "recompute": recompute},
         "optim": {"precision_aware": precision_aware}})
+    # Llama 3's first and last chunk had the embedding and the loss alone, which the engine does not do.
+    return placed(run, pp_layers=spread(run.model.num_layers, run.parallel.pp * vpp))
 
 
 def planned(row: Row) -> Plan:

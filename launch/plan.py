@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in; the default fills machines of 8")
     parser.add_argument("--network", default="", metavar="NAME", help="between machines: ndr, hdr, efa, 100g ..., or GB/s per GPU and direction")
     parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, where it is another than usual")
+    parser.add_argument("--fp8", action="store_true", help="try FP8 matrix products too, where the GPU has them")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list (default 10)")
     parser.add_argument("--tokens", type=float, default=0, metavar="N", help="tokens of the whole run, such as 15e12; default: train.steps")
     parser.add_argument("--price", type=float, default=0, metavar="X", help="of one GPU for an hour")
@@ -51,7 +52,7 @@ def plan(args) -> int:
     from engine.planner.cluster import make_cluster
     from engine.planner.help import what_would_help
     from engine.planner.report import Options, as_dict, report
-    from engine.planner.search import own_layout, read, search, write
+    from engine.planner.search import merged, own_layout, read, search, with_fp8, write
 
     for name, value, least in (("--top", args.top, 1), ("--choose", args.choose, 1), ("--tokens", args.tokens, 0), ("--price", args.price, 0)):
         if not least <= value < float("inf"):
@@ -60,6 +61,8 @@ def plan(args) -> int:
     base, raw, pins = read(args.config, args.overrides)
     options = Options(args.top, args.tokens, args.price, _law(args.law))
     answer = search(base, cluster, pins)
+    if args.fp8:
+        answer = merged(answer, search(with_fp8(base, cluster), cluster, pins))
     if args.json:
         print(json.dumps(as_dict(answer, base, cluster, options), indent=1))
     else:

@@ -21,10 +21,11 @@ def _of_network(raw, measure):
     from engine.config import validate
     from engine.mcore import topology
     from engine.mcore.run import ParallelModel
+    from engine.stage import Role
 
     run = validate(raw, dist.get_world_size())
     place = topology.start(run)
-    network = ParallelModel(run, place, parity_table.CountTokens(), "policy")
+    network = ParallelModel(run, place, parity_table.CountTokens(), "policy", Role(head=run.model.head))
     return measure(network, run, place)
 
 

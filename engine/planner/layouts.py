@@ -2,6 +2,7 @@
 
     for layout in layouts(base, cluster, pins): ...     # Layout(run, problems); without problems it is legal
 
+pp is a divisor of the layers or a power of two; where layers do not divide evenly, parallel.pp_layers says how they are spread.
 A layout is a RunConfig with another `parallel` section, train.micro_batch and train.recompute. engine/checks.py says what is wrong with it, in the
 words a user would read; nothing here knows a rule of its own, but for what is never worth trying: tp and etp beyond a node, cp that leaves a rank
 less than 1,024 tokens of a sequence, cp with micro-batches above 1 (half of either is the same work with less traffic), and micro-batches or vpp
@@ -9,15 +10,18 @@ above 8 (vpp: where there is a smaller one). zero1 and, under tp, sequence_paral
 no traffic and save memory; so are the overlaps of a dp that there is.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from engine import torch_only
 from engine.checks import cross_checks
 from engine.config import RunConfig
+from engine.planner.weights import spread
 
-AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "sequence_parallel", "zero1")
+AXES = ("tp", "pp", "vpp", "pp_layers", "cp", "ep", "etp", "sequence_parallel", "zero1")
 LEAST_TOKENS, MOST_MICRO_BATCH, MOST_CHUNKS = 1024, 8, 8
 RECOMPUTE = ("none", "selective", "full")      # from the fastest to the smallest
 
@@ -65,19 +69,20 @@ def _grids(base, cluster, pins) -> Iterator[dict]:
     def values(name: str, found):
         return [pins[name]] if name in pins else list(found)
 
-    in_node = _divisors(min(cluster.per_node, world))
+    in_node, fixed = _divisors(min(cluster.per_node, world)), math.prod(pins.get(axis, 1) for axis in ("tp", "pp", "cp"))
     for tp in values("tp", in_node):
-        for pp in values("pp", _divisors(model.num_layers)):
+        for pp in values("pp", sorted({*_divisors(model.num_layers), *_powers(model.num_layers)})):
             for cp in values("cp", [1, *(cp for cp in _powers(world) if cp > 1 and seq_len // cp >= LEAST_TOKENS)]):
-                if world % (tp * pp * cp):
-                    continue      # no layout of that many GPUs
-                for vpp in values("vpp", _chunk_counts(model.num_layers // pp) if pp > 1 else [1]):
-                    for ep, etp in _experts(model, tp, world // pp, in_node, values):
+                if world % (tp * pp * cp) and tp * pp * cp != fixed:
+                    continue      # no layout of that many GPUs; of what a user fixed the checks shall say so
+                for vpp in values("vpp", _chunk_counts(model.num_layers, pp)):
+                    for ep, etp in _experts(model, tp, world // pp, values):
+                        uneven = spread(model.num_layers, pp * vpp) if pp * vpp <= model.num_layers else []
                         yield dict(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=pins.get("sequence_parallel", tp > 1),
-                                   zero1=pins.get("zero1", True))
+                                   zero1=pins.get("zero1", True), pp_layers=pins.get("pp_layers", uneven))
 
 
-def _experts(model, tp: int, ranks: int, in_node, values):
+def _experts(model, tp: int, ranks: int, values):
     """(ep, etp); etp 0 means tp."""
     if not model.moe.num_experts:
         return [(ep, etp) for ep in values("ep", [1]) for etp in values("etp", [0])]
@@ -90,7 +95,7 @@ def _micro_batches(base, axes, world: int, pins) -> list[int]:
         return [pins["micro_batch"]]
     if axes["cp"] > 1 and "cp" not in pins:
         return [1]
-    dp = world // (axes["tp"] * axes["pp"] * axes["cp"])
+    dp = max(world // (axes["tp"] * axes["pp"] * axes["cp"]), 1)
     share = base.train.global_batch // dp
     return [size for size in _powers(MOST_MICRO_BATCH) if size <= share and base.train.global_batch % (size * dp) == 0] or [1]
 
@@ -103,10 +108,10 @@ def _switches(base, axes: dict, world: int) -> dict:
             "tp_comm_overlap": wants and axes["tp"] > 1 and axes["sequence_parallel"]}
 
 
-def _chunk_counts(layers: int) -> list[int]:
-    """Values of vpp: divisors up to MOST_CHUNKS, and where there is none but 1 the next one (23 layers)."""
-    found = _divisors(layers)
-    return [n for n in found if n <= MOST_CHUNKS or n == found[1]]
+def _chunk_counts(layers: int, pp: int) -> list[int]:
+    """Values of vpp: divisors of a rank's layers up to MOST_CHUNKS, and where there is none but 1 the next one (23 layers)."""
+    found = [n for n in _divisors(-(-layers // pp)) if pp * n <= layers] if pp > 1 else [1]
+    return [n for n in found if n <= MOST_CHUNKS or n == found[1]] or [1]
 
 
 def _divisors(n: int) -> list[int]:
@@ -122,4 +127,7 @@ def text(run) -> str:
     p = run.parallel
     named = [("tp", p.tp), ("cp", p.cp), ("ep", p.ep), ("etp", p.expert_tp if p.expert_tp != p.tp else 0), ("pp", p.pp), ("vpp", p.vpp)]
     shown = [f"{name} {size}" for name, size in named if size > 1 or name == "etp" and size or name in ("tp", "pp")]
-    return f"{', '.join(shown)}, micro-batch {run.train.micro_batch}, recompute {run.train.recompute}"
+    runs = [(size, len(list(group))) for size, group in groupby(p.pp_layers)]
+    shown += ["layers " + " ".join(f"{num}x{size}" if num > 1 else str(size) for size, num in runs)] * bool(runs)
+    fp8 = f", FP8 {run.train.fp8.recipe}" if run.train.fp8.recipe != "none" else ""
+    return f"{', '.join(shown)}, micro-batch {run.train.micro_batch}, recompute {run.train.recompute}{fp8}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.planner import constants as c
 from engine.planner.activations import Saved
-from engine.planner.weights import alike, chunks, count_kinds, weights
+from engine.planner.weights import alike, chunks, count_kinds, learning, weights
 
 LOSS_CHUNK = 256 << 20      # linear_ce.py: logits at a time on a GPU
 
@@ -73,7 +73,8 @@ def _rank(run, world_size: int, backend: str, pp_rank: int, saved: Saved) -> Mem
     logits = saved.logits if own[-1].is_last else 0
     workspace = _workspace(run, saved, own, backend)
     axes = sum(size > 1 for size in (p.tp, p.pp, p.cp, p.ep, world_size // (p.tp * p.pp * p.cp)))
-    tensors = (held.parameters + held.copies, held.gradients, held.optimizer, activations, logits, workspace)
+    copies = held.copies + (saved.bytes * sum(learning(run, pp_rank)) if run.tune.l2_to_init else 0)      # and the weights it is pulled to
+    tensors = (held.parameters + copies, held.gradients, held.optimizer, activations, logits, workspace)
     return Memory(*tensors, c.RUNTIME_BYTES + axes * c.COMMUNICATOR_BYTES, int(c.FRAGMENTATION_SHARE * sum(tensors)))
 
 

@@ -32,7 +32,8 @@ def report(answer: Answer, base, cluster, own: tuple[Plan | None, list[str]], op
     if answer.plans:
         parts += [_table(answer.plans[:options.top], options), _own(own, answer), _whole(answer.plans[0], options), _money(answer.plans[0], options)]
     else:
-        parts += [_own(own, answer), f"No layout fits into {cluster.gpu.memory_gib:g} GiB."]
+        nothing = f"No layout fits into {cluster.gpu.memory_gib:g} GiB." if answer.misses else f"No layout is legal on {cluster.num_gpus} GPUs."
+        parts += [_own(own, answer), nothing]
     return "\n\n".join(part for part in (*parts, _refused(answer, cluster)) if part)
 
 
@@ -46,15 +47,16 @@ def _head(base, cluster) -> str:
 
 def _table(plans: list[Plan], options: Options) -> str:
     has_experts = plans[0].run.model.moe.num_experts > 0
-    names = ["#", "tp", "cp", *(("ep", "etp") if has_experts else ()), "pp", "vpp", "dp", "micro", "recompute", "GiB", "s/step", "TFLOP/s", "MFU",
-             "tokens/s/GPU", "days"]
+    has_fp8 = any(plan.run.train.fp8.recipe != "none" for plan in plans)
+    names = ["#", "tp", "cp", *(("ep", "etp") if has_experts else ()), "pp", "vpp", "dp", "micro", "recompute", *(("fp8",) if has_fp8 else ()),
+             "GiB", "s/step", "TFLOP/s", "MFU", "tokens/s/GPU", "days"]
     rows = []
     for i, plan in enumerate(plans, start=1):
-        p, cost = plan.run.parallel, _cost(plan, options)
+        p, train, cost = plan.run.parallel, plan.run.train, _cost(plan, options)
         experts = (p.ep, p.expert_tp) if has_experts else ()
-        rows.append([i, p.tp, p.cp, *experts, p.pp, p.vpp, plan.dp, plan.run.train.micro_batch, plan.run.train.recompute,
-                     f"{plan.memory.total / GIB:.1f}", _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}",
-                     f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
+        recipe = (train.fp8.recipe,) if has_fp8 else ()
+        rows.append([i, p.tp, p.cp, *experts, p.pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
+                     _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
     return _columns([names, *rows])
 
 
@@ -138,7 +140,8 @@ def as_dict(answer: Answer, base, cluster, options: Options) -> dict:
 
 def _plan(plan: Plan, options: Options) -> dict:
     cost = _cost(plan, options)
-    return {"parallel": plan.run.parallel.model_dump(), "micro_batch": plan.run.train.micro_batch, "recompute": plan.run.train.recompute, "dp": plan.dp,
+    return {"parallel": plan.run.parallel.model_dump(), "micro_batch": plan.run.train.micro_batch, "recompute": plan.run.train.recompute,
+            "fp8": plan.run.train.fp8.recipe, "dp": plan.dp,
             "memory_bytes": {**plan.memory.parts(), "total": plan.memory.total}, "step_seconds": {**plan.time.parts(), "total": plan.time.total},
             "tflops_per_gpu": plan.tflops, "mfu": plan.mfu, "tokens_per_second_per_gpu": plan.tokens_per_gpu, "tokens": cost.tokens,
             "days": cost.days, "gpu_hours": cost.gpu_hours, "price": cost.price}

@@ -100,7 +100,7 @@ class _Step:
     # --- one layer ----------------------------------------------------------------------------------------------------
 
     def _layer(self, is_moe: bool, is_windowed: bool) -> dict[str, float]:
-        gemm = sum(self._product(*size, self.layer_peak) for size in self._products(is_moe))
+        gemm = sum(num * self._product(*size, self.layer_peak) for num, *size in self._products(is_moe))
         attention = self._attention(is_windowed)
         moved = self._moved(is_moe)
         again = {"full": 1, "selective": 0, "none": 0}[self.recompute]
@@ -126,31 +126,30 @@ class _Step:
         return max(compute, (rows * inner + inner * cols + rows * cols) * self.bytes / self.memory)
 
     def _products(self, is_moe: bool):
-        """(rows, inner, cols) of a layer's matrix products on this rank."""
+        """(how many, rows, inner, cols) of a layer's matrix products on this rank."""
         model, p, s, h = self.model, self.p, self.saved, self.model.hidden_size
         if model.is_latent:
             mla = model.mla
             made = s.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
             if mla.q_lora_rank:
-                yield from ((s.stream, h, mla.q_lora_rank), (s.tokens, mla.q_lora_rank, s.q))
+                yield from ((1, s.stream, h, mla.q_lora_rank), (1, s.tokens, mla.q_lora_rank, s.q))
             else:
-                yield s.tokens, h, s.q
-            yield from ((s.stream, h, mla.kv_lora_rank + mla.qk_rope_head_dim), (s.tokens, mla.kv_lora_rank, made))
+                yield 1, s.tokens, h, s.q
+            yield from ((1, s.stream, h, mla.kv_lora_rank + mla.qk_rope_head_dim), (1, s.tokens, mla.kv_lora_rank, made))
         else:
-            yield s.tokens, h, s.q + 2 * s.kv
-        yield s.tokens, s.out, h
+            yield 1, s.tokens, h, s.q + 2 * s.kv
+        yield 1, s.tokens, s.out, h
         if not is_moe:
-            yield from self._mlp(s.tokens, model.ffn_hidden_size // p.tp)
+            yield from self._mlp(1, s.tokens, model.ffn_hidden_size // p.tp)
             return
         if model.moe.shared_expert_ffn_hidden_size:
-            yield from self._mlp(s.tokens, model.moe.shared_expert_ffn_hidden_size // p.tp)
+            yield from self._mlp(1, s.tokens, model.moe.shared_expert_ffn_hidden_size // p.tp)
         local = model.moe.num_experts // p.ep
-        for rows, inner, cols in self._mlp(max(s.expert_rows // local, 1), model.moe_ffn_hidden_size // p.expert_tp):
-            yield from ((rows, inner, cols),) * local
+        yield from self._mlp(local, max(s.expert_rows // local, 1), model.moe_ffn_hidden_size // p.expert_tp)
 
-    def _mlp(self, rows: int, width: int):
+    def _mlp(self, num: int, rows: int, width: int):
         h = self.model.hidden_size
-        return (rows, h, (1 + self.model.gated) * width), (rows, width, h)
+        return (num, rows, h, (1 + self.model.gated) * width), (num, rows, width, h)
 
     def _attention(self, is_windowed: bool) -> float:
         """Forward; cp ranks have equal shares of the triangle."""

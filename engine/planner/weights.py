@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from engine import adapters
 
@@ -56,20 +57,26 @@ class Weights:
 
 
 def chunks(run) -> tuple[tuple[Chunk, ...], ...]:
-    """The chunks of every pp rank. Layers that do not divide evenly (which engine/checks.py refuses, but published runs have) leave the first
-    and the last chunk shorter, as in Llama 3 (arXiv 2407.21783, sec. 3.3.2)."""
-    return _chunks(run.model.num_layers, run.parallel.pp, run.parallel.vpp)
+    """The chunks of every pp rank."""
+    p, layers = run.parallel, run.model.num_layers
+    return _chunks(tuple(p.pp_layers) or (layers // (p.pp * p.vpp),) * (p.pp * p.vpp), p.pp)
 
 
 @lru_cache(maxsize=1024)
-def _chunks(layers: int, pp: int, vpp: int):
-    num, missing = pp * vpp, -layers % (pp * vpp)
-    sizes = [-(-layers // num)] * num
+def _chunks(sizes: tuple[int, ...], pp: int):
+    ends = list(accumulate(sizes))
+    made = [Chunk(end - size, end, i == 0, i == len(sizes) - 1) for i, (size, end) in enumerate(zip(sizes, ends))]
+    return tuple(tuple(made[rank::pp]) for rank in range(pp))
+
+
+def spread(layers: int, num_chunks: int) -> list[int]:
+    """parallel.pp_layers for layers that do not divide evenly: the chunks at both ends, which hold the embedding and the loss, are the first to have
+    one less (as in Llama 3, arXiv 2407.21783, sec. 3.3.2). Empty where they divide evenly."""
+    missing = -layers % num_chunks
+    sizes = [-(-layers // num_chunks)] * num_chunks
     for i in range(missing):
         sizes[-1 - i // 2 if i % 2 else i // 2] -= 1
-    starts = [sum(sizes[:i]) for i in range(num + 1)]
-    made = [Chunk(starts[i], starts[i + 1], i == 0, i == num - 1) for i in range(num)]
-    return tuple(tuple(made[rank::pp]) for rank in range(pp))
+    return sizes if missing else []
 
 
 @lru_cache(maxsize=64)
@@ -91,13 +98,13 @@ def _count_kinds(model, own):
 
 def alike(run) -> list[int]:
     """The first pp rank of each sort: with the same layers in its chunks, and the same ends. Its pipeline fills the most."""
-    return _alike(_Key(run.model), run.parallel.pp, run.parallel.vpp)
+    return _alike(_Key(run.model), chunks(run))
 
 
 @lru_cache(maxsize=4096)
-def _alike(model, pp: int, vpp: int) -> list[int]:
+def _alike(model, ranks) -> list[int]:
     found = {}
-    for rank, own in enumerate(_chunks(model.num_layers, pp, vpp)):
+    for rank, own in enumerate(ranks):
         sort = tuple((tuple(_count_kinds(model, (chunk,)).items()), chunk.is_first, chunk.is_last) for chunk in own)
         found.setdefault(sort, rank)
     return list(found.values())
@@ -105,26 +112,28 @@ def _alike(model, pp: int, vpp: int) -> list[int]:
 
 def weights(run, world_size: int, pp_rank: int = 0, dp_rank: int = 0, expert_dp_rank: int = 0) -> Weights:
     """Of the rank at these places of its axes; dp_rank counts the dp * cp ranks over which dense gradients are reduced."""
-    return _weights(_Key(run.model), _Key(run.lora), run.parallel, run.train.precision, run.train.fp8, run.train.seq_len, run.optim.precision_aware,
-                    chunks(run)[pp_rank], world_size, pp_rank, dp_rank, expert_dp_rank)
+    p = run.parallel
+    dp, expert_dp = world_size // (p.tp * p.pp), world_size // (p.expert_tp * p.ep * p.pp)
+    has_buckets = p.overlap_grad_reduce and pp_rank == 0      # of its first chunk; megatron leaves the others whole
+    return _weights(_Key(run.model), _Key(run.lora), (p.tp, p.expert_tp, p.ep, p.pp), chunks(run)[pp_rank], run.train.seq_len, run.train.precision,
+                    run.train.fp8, run.optim.precision_aware, p.zero1, max(BUCKET, 1_000_000 * (dp // p.cp)) if has_buckets else math.inf,
+                    ((False, dp, dp_rank), (True, expert_dp, expert_dp_rank)))
 
 
 @lru_cache(maxsize=4096)
-def _weights(model, lora, p, precision, fp8, seq_len, low, own, world_size, pp_rank, dp_rank, expert_dp_rank) -> Weights:
-    dp, expert_dp = world_size // (p.tp * p.pp), world_size // (p.expert_tp * p.ep * p.pp)
+def _weights(model, lora, split, own, seq_len, precision, fp8, low, zero1, bucket_size, groups) -> Weights:
     element = 4 if precision == "fp32" else 2
     sums = [0, 0, 0, 0]
     for i, chunk in enumerate(own):
-        parameters = _chunk_parameters(model, lora, p.tp, p.expert_tp, p.ep, p.pp, chunk, seq_len)
-        bucket = max(BUCKET, 1_000_000 * (dp // p.cp)) if p.overlap_grad_reduce and i == 0 and pp_rank == 0 else math.inf
+        parameters = _chunk_parameters(model, lora, *split, chunk, seq_len)
         matrices = sum(parameter.numel for parameter in parameters if parameter.is_matrix)
         sums[0] += element * sum(parameter.numel for parameter in parameters if not parameter.learns)
-        for is_expert, size, rank in ((False, dp, dp_rank), (True, expert_dp, expert_dp_rank)):
-            group = [parameter for parameter in parameters if parameter.learns and parameter.is_expert == is_expert]
-            numel, own, num_tensors = _flat(tuple((x.numel, x.is_alone) for x in group), size, p.zero1, bucket, rank)
+        for is_expert, dp, rank in groups:
+            group = tuple((x.numel, x.is_alone) for x in parameters if x.learns and x.is_expert == is_expert)
+            numel, share, num_tensors = _flat(group, dp, zero1, math.inf if i else bucket_size, rank)
             sums[0] += element * numel
             sums[1] += (2 if low else 4) * numel
-            sums[2] += own * ((4 if element == 2 else 0) + (4 if low else 8)) + num_tensors * ADAM_STEP_BYTES
+            sums[2] += share * ((4 if element == 2 else 0) + (4 if low else 8)) + num_tensors * ADAM_STEP_BYTES
         if fp8.recipe != "none":
             # One byte for each of the two products a matrix takes part in; with fp8.params they are all there is of it.
             sums[3] += 2 * matrices
@@ -169,6 +178,15 @@ def learning(run, pp_rank: int = 0) -> tuple[int, int]:
     """Elements of one rank that learn: dense ones, and those reduced over the experts' own dp group."""
     p = run.parallel
     return _learning(_Key(run.model), _Key(run.lora), p.tp, p.expert_tp, p.ep, p.pp, chunks(run)[pp_rank], run.train.seq_len)
+
+
+def least(run, world_size: int) -> int:
+    """Bytes that the fullest rank needs at the very least, quickly: parameters, gradients, and its share of optimizer state, without padding."""
+    p = run.parallel
+    shares = (world_size // (p.tp * p.pp), world_size // (p.expert_tp * p.ep * p.pp)) if p.zero1 else (1, 1)
+    element, low = 4 if run.train.precision == "fp32" else 2, run.optim.precision_aware
+    always, shared = (1 if run.train.fp8.params else element) + (2 if low else 4), (4 if element == 2 else 0) + (4 if low else 8)
+    return max(sum(int(numel * (always + shared / share)) for numel, share in zip(learning(run, rank), shares)) for rank in alike(run))
 
 
 @lru_cache(maxsize=4096)

@@ -24,6 +24,7 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     from engine.hf import FAMILIES
     from engine.hf.convert import run_of
     from engine.hf.load import mtp_prefixes, open_hf
+    from engine.hf.names import rows_from_hf
     from engine.hf.shards import Ahead
 
     hf, tensors = open_hf(args.source, args.drop_mtp, args.allow_pickle, check_hashes=not args.no_hashes)
@@ -31,10 +32,12 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
     if args.adapter:
         run, adapters = with_adapter(run, args.adapter)
     checkpoint, family = engine_checkpoints(), FAMILIES[run.model.family]
-    names = [name for pair in family.pairs(run.model) for name in pair.hf]
-    with Ahead(tensors, names) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
-        kept = ((name, tensor) for name, tensor in family.from_hf(run.model, ahead) if name not in adapters)  # an adapter may bring a head of its own
+    pairs = family.pairs(run.model)
+    with Ahead(tensors, [name for pair in pairs for name in pair.hf]) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
+        kept = ((name, rows) for name, rows in rows_from_hf(pairs, ahead) if name not in adapters)  # an adapter may bring a head of its own
         checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n))
+    if args.no_verify:
+        return NOT_PROVED
     return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, mtp_prefixes(hf))
 
 

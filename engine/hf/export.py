@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.config import RunConfig, dump_config
 from engine.data.chat import source_of
-from engine.hf import FAMILIES, shards
+from engine.hf import FAMILIES, names, shards
 from engine.hf.fields import HFError, dtype_keys, head_of
 from engine.hf.load import read_json
 
@@ -48,13 +48,13 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
     hf = family.hf_config(model, run.train.seq_len)  # refuses before anything is written
     if head_of(hf) != model.head:
         raise HFError(f"model.head={model.head} has no Hugging Face form in family {model.family}")
-    source = tokenizer_source(run, tokenizer_dir)
+    source, pairs = tokenizer_source(run, tokenizer_dir), family.pairs(model)
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
     try:
         shapes = shards.outline(family, model, tensors, DTYPES[dtype] if dtype else None)
-        with shards.Ahead(tensors, [pair.engine for pair in family.pairs(model)]) as ahead:
-            shards.write(part, shapes, family.to_hf(model, ahead), shard_bytes, written)
+        with shards.Ahead(tensors, [pair.engine for pair in pairs]) as ahead:
+            shards.write(part, shapes, names.rows_to_hf(pairs, ahead), shard_bytes, written)
         copy_tokenizer(part, source, run.data.eod_id)
         if run.chat.template:  # the one the model was trained with, over the tokenizer's own
             (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")

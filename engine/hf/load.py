@@ -24,6 +24,7 @@ from engine import hashes
 from engine.hf import family_of
 from engine.hf.fields import HFError
 from engine.hf.names import some
+from engine.mapped import mapped
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -197,7 +198,7 @@ class Pickled:
 
 
 class Safe:
-    """A safetensors file with safe_open's calls, whose tensors are read and not mapped: what is mapped stays in memory until the file is closed."""
+    """A safetensors file with safe_open's calls, each of whose tensors is a mapping of its own: what safe_open gives keeps all of the file mapped."""
 
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt", device="cpu")  # checks the header and the file's length
@@ -212,17 +213,10 @@ class Safe:
         dtype = next((t for t, short in SHORT.items() if short == entry["dtype"]), None)
         if dtype is None:
             return self._file.get_tensor(name)
-        begin, end = entry["data_offsets"]
-        raw = torch.empty(end - begin, dtype=torch.uint8)
-        rest = memoryview(raw.numpy())
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._base + begin)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise HFError(f"{self._path} was cut short while it was read")
-                rest = rest[count:]
-        return raw.view(dtype).view(entry["shape"])
+        try:
+            return mapped(self._path, self._base + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+        except OSError as error:
+            raise HFError(f"{self._path} could not be read to its end: {error}") from None
 
 
 def _open(path: Path):

@@ -19,6 +19,7 @@ Left out: quantised folders.
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
     from_hf.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there is no safetensors file (tensors alone)")
     from_hf.add_argument("--no-hashes", action="store_true", help="do not read HF_DIR's files once more to check them against its hashes.json")
+    from_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the checkpoint; default: as in HF_DIR")
     from_hf.add_argument("--drop-mtp", action="store_true",
                          help="leave out modules that predict further tokens (DeepSeek-V3), which the engine does not train")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
@@ -72,11 +74,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"there is no folder {args.adapter}")
     if args.target.exists():
         parser.error(f"{args.target} exists already; name another folder or remove it")
+    _check_writable(parser, args.target)
     if not all(0 < number < math.inf for number in (getattr(args, "tolerance", 1), getattr(args, "shard_gb", 1))):
         parser.error("--tolerance and --shard-gb must be positive and finite")
     if args.command == "to-hf" and args.public and not args.upload:
         parser.error("--public says who sees what --upload REPO uploads; name the repository")
     return args
+
+
+def _check_writable(parser: argparse.ArgumentParser, target: Path) -> None:
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir():
+        parser.error(f"{parent} is no folder, so {target} cannot be made")
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        parser.error(f"{parent} may not be written to by this user, so {target} cannot be made; name another folder or change its permissions")
 
 
 def sibling(target: Path, suffix: str) -> Path:

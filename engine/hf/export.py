@@ -25,6 +25,7 @@ from engine.hf.load import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
                    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
 
@@ -61,7 +62,7 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
         ids = special_ids(part, run.data.eod_id)
         write_json(part / "config.json", hf | dtype_keys(str(next(iter(shapes.values())).dtype).removeprefix("torch.")) | ids)
         if model.head == "tokens":
-            write_json(part / "generation_config.json", ids)
+            write_json(part / GENERATION, generation(source, ids, run.data.eod_id))
         write_card(part, run, out.name, tokens_trained, verification)
         part.replace(out)
     except BaseException:
@@ -116,6 +117,18 @@ def special_ids(folder: Path, eod_id: int) -> dict[str, int | None]:
     if eod_id >= 0:
         found["eos_token_id"] = eod_id
     return found
+
+
+def generation(source: Path | None, ids: Mapping[str, int | None], eod_id: int) -> dict[str, Any]:
+    """generation_config.json: that of the folder the tokenizer came from (how to sample, several ends of an answer), completed by `ids`.
+
+    A run that sets data.eod_id to none of its ends has trained with another one, which then is the only end.
+    """
+    kept = read_json(source / GENERATION) if source is not None and (source / GENERATION).is_file() else {}
+    ends = kept.get("eos_token_id")
+    if eod_id >= 0 and eod_id not in (ends if isinstance(ends, list) else [ends]):
+        kept.pop("eos_token_id", None)
+    return {**ids, **kept}
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine import hashes
 from engine.hf import family_of
-from engine.hf.fields import HFError
+from engine.hf.fields import HFError, refuse
 from engine.hf.names import some
 from engine.mapped import mapped
 
@@ -94,7 +94,9 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
         if name:
             places[name] = (path, stored)
     _without_mtp(folder, hf, places, drop_mtp)
-    tensors, shapes = Tensors(places), family.hf_shapes(hf)
+    tensors = Tensors(places)
+    _check_counts(folder, hf, tensors)
+    shapes = family.hf_shapes(hf)
     _check(folder, tensors, shapes)
     # A tied model may carry its output matrix all the same; then it has to be the embedding.
     if HEAD in places and HEAD not in shapes:
@@ -102,6 +104,16 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
             raise HFError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from {family.EMBEDDING}")
         del places[HEAD]
     return hf, tensors
+
+
+def _check_counts(folder: Path, hf: Mapping[str, Any], tensors: Tensors) -> None:
+    """Refuse counts that no folder with these tensors can have, before lists of that length are made: a layer has a tensor or more, an expert
+    a row of the router's."""
+    longest = max((size for name in tensors for size in tensors.shape(name)), default=0)
+    limits = {"num_hidden_layers": (len(tensors), f"{len(tensors)} tensors"), "n_layer": (len(tensors), f"{len(tensors)} tensors")}
+    limits |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (longest, f"no dim above {longest}"))
+    refuse({f"{key}={hf[key]}, but its tensors make that impossible ({found})": isinstance(hf.get(key), (int, float)) and hf[key] > limit
+            for key, (limit, found) in limits.items() if key in hf}, f"{folder}/config.json says")
 
 
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:

@@ -122,12 +122,12 @@ class Verdict:
         return str(self)
 
 
-def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False, without: tuple[str, ...] = ()) -> Network:
+def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False, without: tuple[str, ...] = (),
+                         rounded: torch.dtype | None = None) -> Network:
     """The model in `folder`, with PEFT's adapter of the folder `adapter` if there is one, by transformers; a classifier gives its number at each
     token, [b, s, 1].
 
-
-    without: beginnings of names that the folder may hold although transformers does not load them.
+    without: beginnings of names that the folder may hold although transformers does not load them. rounded: the weights go through this dtype.
     No code from the folder is run. Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
     """
     try:
@@ -146,6 +146,10 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise HFError(f"transformers does not load {folder} cleanly: {wrong}")
+    if rounded:
+        with torch.no_grad():
+            for parameter in model.parameters():  # not buffers, which keep fp32 in every dtype
+                parameter.copy_(parameter.to(rounded))
     if adapter:
         try:
             from peft import PeftModel

@@ -205,8 +205,12 @@ def read_metadata(folder: Path) -> Metadata:
         return _Descriptions(file).load()
 
 
+class ForeignMetadata(pickle.UnpicklingError):
+    """A `.metadata` that names what neither torch nor megatron writes into it; str() says what."""
+
+
 class _Descriptions(pickle.Unpickler):
-    """Unpickles what torch and megatron write into `.metadata`; raises UnpicklingError for any other name."""
+    """Unpickles what torch and megatron write into `.metadata`; raises ForeignMetadata for any other name."""
 
     ALLOWED = {
         "torch": ("Size", "device"),
@@ -224,7 +228,7 @@ class _Descriptions(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if name in self.ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which describes no tensors")
+        raise ForeignMetadata(f".metadata names {module}.{name}, which describes no tensors")
 
 
 def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
@@ -239,9 +243,9 @@ def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], s
         place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         if Path(place.relative_path).name != place.relative_path:
             raise ValueError(f".metadata names the file {place.relative_path!r}, which is not in the folder")
-        inside = _chunk(folder / place.relative_path, place, tuple(chunk.sizes))
+        held = _chunk(folder / place.relative_path, place, tuple(chunk.sizes))
         box = lambda base: tuple(slice(a - o, b - o) for a, b, o in zip(low, high, base))  # noqa: B023, E731
-        part = inside[box(chunk.offsets)]
+        part = held[box(chunk.offsets)]
         if part.shape == sizes and part.dtype == stored.properties.dtype:
             return part
         if target is None:

@@ -68,11 +68,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--no-verify", action="store_true", help="do not compare with transformers; the result is then not proved")
     args = parser.parse_args(argv)
     for source in args.source if isinstance(args.source, list) else [args.source]:
-        if not source.is_dir():
-            parser.error(f"there is no folder {source}")
-    if getattr(args, "adapter", None) and not args.adapter.is_dir():
+        if not os.path.isdir(source):  # not Path's, which raise where a folder on the way is closed to this user
+            parser.error(f"there is no folder {source}, or none that this user may enter")
+    if getattr(args, "adapter", None) and not os.path.isdir(args.adapter):
         parser.error(f"there is no folder {args.adapter}")
-    if args.target.exists():
+    if os.path.exists(args.target):
         parser.error(f"{args.target} exists already; name another folder or remove it")
     _check_writable(parser, args.target)
     if not all(0 < number < math.inf for number in (getattr(args, "tolerance", 1), getattr(args, "shard_gb", 1))):
@@ -83,8 +83,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_writable(parser: argparse.ArgumentParser, target: Path) -> None:
-    parent = next(path for path in target.absolute().parents if path.exists())
-    if not parent.is_dir():
+    parent = next(path for path in target.absolute().parents if os.path.exists(path))
+    if not os.path.isdir(parent):
         parser.error(f"{parent} is no folder, so {target} cannot be made")
     if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         parser.error(f"{parent} may not be written to by this user, so {target} cannot be made; name another folder or change its permissions")

@@ -73,9 +73,8 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
           written: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Write every named tensor as `where` says, in `num_threads` files. `written` hears of bytes as they go to disk.
 
-    A tensor may come in pieces (rows.py), which are joined only where it goes to several places.
-
-    Raises ValueError naming each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
+    A tensor may come in pieces (rows.py), which are joined only where it goes to several places. Raises ValueError naming
+    each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
     """
     checked = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # a third of the time; whole files are hashed where that is wanted
@@ -94,7 +93,9 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
             if lead < 0 or shape != wanted:
                 problems.append(f"{name} has shape {shape}, the model wants {wanted}")
                 continue
-            rows = pieces(rows if len(found) == 1 else whole(rows))
+            rows = pieces(rows)
+            if len(found) > 1 or len({row.dtype for row in rows}) > 1:
+                rows = (whole(rows),)
             for place in found:
                 dtype, *rest = stored.get(place.key, (rows[0].dtype, place.global_shape, []))
                 stored[place.key] = torch.promote_types(dtype, rows[0].dtype), *rest  # layers share a key, whose dtype rounds none of them

@@ -134,9 +134,14 @@ def _layers(run):
     layers, pp, vpp = run.model.num_layers, run.parallel.pp, run.parallel.vpp
     if vpp > 1 and pp == 1:
         yield f"parallel.vpp({vpp}) needs a pipeline; set parallel.pp to 2 or more, or vpp to 1"
-    if layers % (pp * vpp):
+    if given := run.parallel.pp_layers:
+        if len(given) != pp * vpp:
+            yield f"parallel.pp_layers has {len(given)} numbers, but parallel.pp({pp}) * vpp({vpp}) = {pp * vpp} chunks; give one for each"
+        elif sum(given) != layers:
+            yield f"parallel.pp_layers sums to {sum(given)}, but model.num_layers is {layers}; add or remove {abs(layers - sum(given))}"
+    elif layers % (pp * vpp):
         yield (f"model.num_layers({layers}) is not divisible by parallel.pp({pp}) * vpp({vpp}) = {pp * vpp}; "
-               f"legal pp * vpp: {divisors(layers)}")
+               f"legal pp * vpp: {divisors(layers)}; or say in parallel.pp_layers how many each chunk has")
 
 
 def _vocabulary(run):

@@ -54,6 +54,8 @@ class Parallel(Section):
     """Pipeline parallel: layers are split over this many ranks."""
     vpp: int = Field(1, ge=1)
     """Model chunks per pp rank (interleaved schedule)."""
+    pp_layers: list[Annotated[int, Field(ge=1)]] = []
+    """Layers of each chunk in the order in which a batch meets them, pp * vpp numbers; empty splits evenly."""
     cp: int = Field(1, ge=1)
     """Context parallel: each sequence is split over this many ranks."""
     ep: int = Field(1, ge=1)

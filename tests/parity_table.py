@@ -31,6 +31,7 @@ GPT_OSS = dict(family="gpt_oss", num_layers=4, hidden_size=64, ffn_hidden_size=4
                moe=dict(num_experts=4, top_k=2, balance="aux_loss"))
 MODELS = {
     "dense": DENSE,
+    "deep": {**DENSE, "num_layers": 7},
     "tied": {**DENSE, "tie_embeddings": True, "qkv_bias": True},
     "window": {**DENSE, "sliding_window": 24, "sliding_window_freq": 2},
     "post": {**DENSE, "norm_place": "post", "qk_norm_width": "all"},
@@ -81,6 +82,8 @@ CASES = [
     case("dense", 2, tp=2, **SP),
     case("dense", 2, pp=2),
     case("dense", 2, pp=2, vpp=2),
+    case("deep", 2, pp=2, pp_layers=[4, 3]),
+    case("deep", 2, pp=2, vpp=2, pp_layers=[1, 2, 3, 1]),
     case("dense", 2, cp=2),
     case("dense", 2, micro_batch=2, pp=2),
     case("tied", 2, tp=2, **SP),
@@ -118,6 +121,7 @@ CASES = [
     case("moe-bias", 2, ep=2),
     case("moe-bias", 2, cp=2),
     case("moe-mixed", 2, pp=2),
+    case("moe-mixed", 4, pp=2, pp_layers=[3, 1], ep=2),
     case("moe-mixed", 2, ep=2),
     case("gemma", 1, recompute="full"),
     case("gemma", 2, tp=2, **SP, recompute="selective"),

@@ -82,7 +82,9 @@ REFUSALS = [
     (["model.rope_scaling={kind: longrope, long_factor: [1, 2, 0, 4], short_factor: [1, 1, 1, 1]}"], None,
      "model.rope_scaling.long_factor holds 0, but frequencies are divided by it; give positive numbers"),
     (["parallel.vpp=2"], None, "parallel.vpp(2) needs a pipeline; set parallel.pp to 2 or more, or vpp to 1"),
-    (["parallel.pp=3"], None, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4"),
+    (["parallel.pp=2", "parallel.pp_layers=[1,1,2]"], None, "parallel.pp_layers has 3 numbers, but parallel.pp(2) * vpp(1) = 2 chunks; give one for each"),
+    (["parallel.pp=2", "parallel.pp_layers=[1,2]"], None, "parallel.pp_layers sums to 3, but model.num_layers is 4; add or remove 1"),
+    (["parallel.pp=3"], None, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4; or say in parallel.pp_layers how many each chunk has"),
     (["parallel.tp=4", "model.vocab_pad_multiple=10", "model.vocab_size=1001"], None,
      "model.vocab_size(1001), padded to 1010, is not divisible by parallel.tp(4); set model.vocab_pad_multiple to a multiple of 4"),
     (["parallel.cp=3"], None, "train.seq_len(64) is not divisible by 2 * parallel.cp(3) = 6 (each rank holds two chunks); legal cp: 1, 2, 4, 8, 16, 32"),
@@ -280,7 +282,7 @@ def test_several_mistakes_are_told_at_once(problems):
     assert found == [
         "train.lr is no key of this configuration; did you mean optim.lr?",
         "optim.beta1=1.5: input should be less than 1",
-        "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4",
+        "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4; or say in parallel.pp_layers how many each chunk has",
         "schedule.min_lr(1.0) exceeds optim.lr(0.0003); lower it",
         "tp(1) * pp(3) * cp(1) = 3 does not divide the world size 5; start a multiple of 3 ranks, or choose a product among 1, 5",
     ]
@@ -300,7 +302,7 @@ def test_a_refused_field_hides_no_other_mistake_and_brings_none(problems, bad, t
     # With the bad field alone there is one sentence; with another mistake beside it, two.
     assert problems([bad]) == [told]
     assert problems([bad, "parallel.pp=3"]) == [
-        told, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4"]
+        told, "model.num_layers(4) is not divisible by parallel.pp(3) * vpp(1) = 3; legal pp * vpp: 1, 2, 4; or say in parallel.pp_layers how many each chunk has"]
 
 
 def test_checks_that_need_a_refused_field_are_silent(problems):

@@ -99,6 +99,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
+        pipeline_model_parallel_layout=_chunks(p.pp_layers),
         context_parallel_size=p.cp,
         cp_comm_type="all_gather" if model.sliding_window else "p2p",  # te's ring has no sliding window; torch always gathers
         expert_model_parallel_size=p.ep,
@@ -128,6 +129,14 @@ def transformer_config(run, device: str) -> TransformerConfig:
 def _sigmoid_gate(alpha: float, x):
     """What gpt-oss's gate g becomes: min(g, limit) * sigmoid(alpha min(g, limit)); times clamp(u, -limit, limit) + 1, which megatron does."""
     return x * torch.sigmoid(alpha * x)
+
+
+def _chunks(pp_layers: list[int]) -> list[list[str]] | None:
+    """megatron's layout of a pipeline whose chunks are not alike."""
+    if not pp_layers:
+        return None
+    layout = [["decoder"] * num for num in pp_layers]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]] if len(layout) > 1 else [["embedding", *layout[0], "loss"]]
 
 
 def _leave(tensor):

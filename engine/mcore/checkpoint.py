@@ -233,7 +233,7 @@ def _restore_random(state, device: str) -> None:
 
 
 def _same_layout(one: RunConfig, other: RunConfig) -> bool:
-    return (one.parallel.tp, one.parallel.pp, one.parallel.vpp) == (other.parallel.tp, other.parallel.pp, other.parallel.vpp)
+    return all(getattr(one.parallel, axis) == getattr(other.parallel, axis) for axis in ("tp", "pp", "vpp", "pp_layers"))
 
 
 def _refuse_other_model(folder: Path, written: RunConfig, wanted: RunConfig, with_optimizer: bool) -> None:

@@ -6,9 +6,10 @@ A Llama of TinyLlama's shape (1.1 billion parameters with 22 layers), random wei
 each conversion in a process of its own whose imports do not count. Ours: from-hf (weights -> checkpoint) and to-hf (checkpoint -> weights), with
 no comparison of logits and no hashes, which the others do not make either. GB/s are bytes of weights per second. litgpt is
 not a dependency of this tree: put it on PYTHONPATH to have it take part.
-What waits for the disk waits in nobody's: no contestant calls fsync.
---memory: instead, the memory of our two conversions of the same model in fp32 (4.4 GB) in shards of 1 GB, sampled every 5 ms while they run, over that of the process before:
-anonymous memory, which is what a conversion needs, and all that is resident, which counts the page cache's pages of files that are mapped at that moment too.
+No contestant waits for the disk (fsync).
+--memory: instead, the memory of our two conversions of the same model in fp32 (4.4 GB) in shards of 1 GB, sampled every 5 ms while they run, over that
+of the process before: anonymous memory, which is what a conversion needs, and all that is resident, which counts the page cache's pages of files that
+are mapped at that moment too.
 """
 
 import argparse

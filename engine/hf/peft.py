@@ -7,7 +7,8 @@
 Engine tensors are whole and named as engine/mcore/checkpoint.read_tensors names them; which Hugging Face layer a part of a fused matrix
 is, the family's Pairs say. For a mixture of experts the names are those of transformers 4 (`experts.3.w1`), which PEFT converts for 5.
 Left out: parts that a family's Hugging Face form fuses too (phi3's q, k and v: PEFT has one adapter for the three), gpt2, whose matrices are
-transposed, adapters that PEFT itself fused for transformers 5, and what engine/mcore/lora.py does not train (adapted embeddings, biases, ranks that differ by layer).
+transposed, adapters that PEFT itself fused for transformers 5, and what engine/mcore/lora.py does not train (adapted embeddings, biases, ranks that
+differ by layer).
 """
 
 from pathlib import Path

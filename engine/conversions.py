@@ -9,6 +9,7 @@ Left out: names and renaming (the caller's), quantised folders.
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -22,20 +23,28 @@ NOT_PROVED = "not proved: logits and greedy tokens were not compared (--no-verif
 def from_hf(args: argparse.Namespace, draft: Path) -> str:
     """HF_DIR -> the checkpoint `draft`; returns the verdict of the comparison."""
     from engine.hf import FAMILIES
-    from engine.hf.convert import run_of
+    from engine.hf.convert import cast, run_of
+    from engine.hf.export import DTYPES
     from engine.hf.load import open_hf
+    from engine.hf.names import rows_from_hf
     from engine.hf.shards import Ahead
+    from engine.rows import pieces
 
     hf, tensors = open_hf(args.source, args.drop_mtp, args.allow_pickle, check_hashes=not args.no_hashes)
-    run, adapters = run_of(hf, tensors, args.source, args.target), {}
+    run, adapters, dtype = run_of(hf, tensors, args.source, args.target), {}, DTYPES.get(args.dtype)
+    if dtype:
+        run = run.model_copy(update={"train": run.train.model_copy(update={"precision": args.dtype})})
     if args.adapter:
-        run, adapters = with_adapter(run, args.adapter)
+        run, adapters = with_adapter(run, args.adapter, args.source)
     checkpoint, family = engine_checkpoints(), FAMILIES[run.model.family]
-    names = [name for pair in family.pairs(run.model) for name in pair.hf]
-    with Ahead(tensors, names) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
-        kept = ((name, tensor) for name, tensor in family.from_hf(run.model, ahead) if name not in adapters)  # an adapter may bring a head of its own
+    pairs = family.pairs(run.model)
+    with Ahead(tensors, [name for pair in pairs for name in pair.hf]) as ahead, progress("from-hf", sum(map(tensors.num_bytes, tensors))) as bar:
+        kept = ((name, rows) for name, rows in rows_from_hf(pairs, ahead) if name not in adapters)  # an adapter may bring a head of its own
+        if dtype:
+            kept = ((name, tuple(cast(name, row, dtype) for row in pieces(rows))) for name, rows in kept)
         checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n))
-    return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter)
+    # transformers' weights are rounded as the checkpoint is: the comparison judges the conversion, not the dtype that was asked for.
+    return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, dtype)
 
 
 def to_hf(args: argparse.Namespace, draft: Path) -> str:
@@ -165,15 +174,37 @@ def from_megatron(args: argparse.Namespace, draft: Path) -> str:
 
     --config says what model it is, since what such a checkpoint says of itself is a pickle; every tensor's name and shape is checked against that.
     Its padding of the vocabulary is exchanged for ours, and its optimizer state stays behind."""
-    from engine.config import load_config
-
     checkpoint = engine_checkpoints()
-    run = load_config(args.config)
+    run = _without_corpora(args.config)
     source = _megatron_folder(args.source)
-    tensors = checkpoint.Tensors(source, run.model)
+    tensors = _foreign_tensors(checkpoint, source, run.model)
     with progress("from-megatron", None) as bar:
         checkpoint.write_tensors(draft, run, _with_our_padding(run.model, tensors), lambda n: bar.add(num_bytes=n))
     return f"{len(tensors)} tensors of {source}, of the names and shapes that {args.config} describes; logits were not compared, for nothing else here can run that folder"
+
+
+def _without_corpora(config: Path):
+    """The run of a configuration in which data.train may be empty, since nothing is trained here."""
+    from engine.config import read_yaml, validate
+
+    raw = read_yaml(config, [])
+    data = raw.get("data") or {}
+    if not isinstance(data, dict) or data.get("train"):
+        return validate(raw)
+    run = validate(raw | {"data": data | {"train": ["none"]}})
+    return run.model_copy(update={"data": run.data.model_copy(update={"train": []})})
+
+
+def _foreign_tensors(checkpoint, source: Path, model):
+    from engine.mcore.stream import ForeignMetadata
+
+    try:
+        return checkpoint.Tensors(source, model)
+    except checkpoint.CheckpointError as error:
+        if not isinstance(error.__cause__, ForeignMetadata):
+            raise
+        raise checkpoint.CheckpointError(f"{source}: {error.__cause__}. Another program or version wrote it; it is not read, for a pickle may run code. "
+                                         "Load it where it was written and save it again as torch_dist with weights alone") from None
 
 
 def _megatron_folder(path: Path) -> Path:
@@ -200,10 +231,13 @@ def _with_our_padding(model, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
         yield name, tensor
 
 
-def with_adapter(run, folder: Path):
-    """(run with its `lora` section, engine name -> tensor) of a PEFT folder."""
-    from engine.hf.peft import load_adapter
+def with_adapter(run, folder: Path, base: Path):
+    """(run with its `lora` section, engine name -> tensor) of a PEFT folder, for the model in `base`; says so when it was made for another."""
+    from engine.hf.peft import load_adapter, other_base
 
+    if named := other_base(folder, base):
+        print(f"warning: {folder} says that it adapts {named}, and {base} bears another name; on other weights than its own an adapter means nothing, "
+              "and no comparison can tell", file=sys.stderr)
     lora, adapters = load_adapter(folder, run.model)
     return run.model_copy(update={"lora": lora}), adapters
 
@@ -225,9 +259,9 @@ def progress(what: str, total_bytes: int | None):
     return Progress(what, total_bytes)
 
 
-def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path | None = None) -> str:
+def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path | None = None, rounded: torch.dtype | None = None) -> str:
     """The engine's logits and greedy tokens against those of transformers on `folder`, with PEFT's adapter in the folder `adapter` if there
-    is one. Prints a table and returns a sentence; raises HFError above the tolerance."""
+    is one. Prints a table and returns a sentence; raises HFError above the tolerance. rounded: transformers' weights go through this dtype."""
     if args.no_verify:
         return NOT_PROVED
     from engine.hf.convert import in_fp32
@@ -236,7 +270,7 @@ def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path 
 
     rows = questions(run.model, run.data.tokenizer.removeprefix("hf:"))
     # One after the other, so that memory holds one of the two.
-    theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False)), rows)
+    theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False), rounded), rows)
     ours = answers(single_rank_network(in_fp32(run), tensors), rows)
     verdict = Verdict(ours, theirs, args.tolerance)
     sentence = verdict.check()

@@ -88,7 +88,6 @@ class HashedFile:
 
     def __init__(self, path: Path):
         self._file, self._digest, self._small, self._bytes = open(path, "wb", buffering=0), xxhash.xxh3_128(), bytearray(), 0
-        self._error: OSError | None = None
 
     def write(self, data) -> int:
         """data: anything with bytes. Small pieces are gathered, for archives consist of many."""
@@ -112,12 +111,8 @@ class HashedFile:
         for start in range(0, len(data), BLOCK):
             block = data[start:start + BLOCK]
             self._digest.update(block)
-            try:
-                while block:
-                    block = block[self._file.write(block):]  # less than asked is written when a disk is nearly full
-            except OSError as error:
-                self._error = error
-                raise
+            while block:
+                block = block[self._file.write(block):]  # less than asked is written when a disk is nearly full
 
     @property
     def entry(self) -> dict:
@@ -134,8 +129,6 @@ class HashedFile:
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
-        if self._error is not None:
-            raise self._error  # torch.save answers a full disk with an error about places in its archive
 
 
 def _hash_of_list(files: Mapping[str, dict]) -> str:

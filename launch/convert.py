@@ -19,6 +19,7 @@ Left out: quantised folders.
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
     from_hf.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there is no safetensors file (tensors alone)")
     from_hf.add_argument("--no-hashes", action="store_true", help="do not read HF_DIR's files once more to check them against its hashes.json")
+    from_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the checkpoint; default: as in HF_DIR")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
     to_hf.add_argument("target", metavar="HF_DIR", type=Path, help="folder to write; must not exist")
@@ -66,17 +68,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--no-verify", action="store_true", help="do not compare with transformers; the result is then not proved")
     args = parser.parse_args(argv)
     for source in args.source if isinstance(args.source, list) else [args.source]:
-        if not source.is_dir():
-            parser.error(f"there is no folder {source}")
-    if getattr(args, "adapter", None) and not args.adapter.is_dir():
+        if not os.path.isdir(source):  # not Path's, which raise where a folder on the way is closed to this user
+            parser.error(f"there is no folder {source}, or none that this user may enter")
+    if getattr(args, "adapter", None) and not os.path.isdir(args.adapter):
         parser.error(f"there is no folder {args.adapter}")
-    if args.target.exists():
+    if os.path.exists(args.target):
         parser.error(f"{args.target} exists already; name another folder or remove it")
+    _check_writable(parser, args.target)
     if not all(0 < number < math.inf for number in (getattr(args, "tolerance", 1), getattr(args, "shard_gb", 1))):
         parser.error("--tolerance and --shard-gb must be positive and finite")
     if args.command == "to-hf" and args.public and not args.upload:
         parser.error("--public says who sees what --upload REPO uploads; name the repository")
     return args
+
+
+def _check_writable(parser: argparse.ArgumentParser, target: Path) -> None:
+    parent = next(path for path in target.absolute().parents if os.path.exists(path))
+    if not os.path.isdir(parent):
+        parser.error(f"{parent} is no folder, so {target} cannot be made")
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        parser.error(f"{parent} may not be written to by this user, so {target} cannot be made; name another folder or change its permissions")
 
 
 def sibling(target: Path, suffix: str) -> Path:

@@ -119,6 +119,32 @@ def test_layers_of_two_dtypes_lose_nothing(tmp_path):
         assert torch.equal(stream.read(tmp_path, metadata, "layers", (i, 0), (1, 4))[0], layer.float())
 
 
+def test_pieces_are_stored_as_the_whole(tmp_path):
+    """In one place or cut by columns; also where they differ in dtype, of which the wider counts."""
+    from engine.mcore import stream, topology
+
+    topology.start_single()
+    place = lambda key, *columns: stream.Place(key, (5, 4), (0, columns[0]), (slice(0, 5), slice(*columns)))  # noqa: E731
+    where = {"one": [place("one", 0, 4)], "cut": [place("cut", 0, 1), place("cut", 1, 4)], "mixed": [place("mixed", 0, 4)]}
+    rows = torch.randn(2, 4), torch.randn(3, 4)
+    mixed = rows[0].bfloat16(), rows[1]
+    stream.write(tmp_path, where, [("one", rows), ("cut", rows), ("mixed", mixed)])
+    metadata = metadata_of(tmp_path)
+    read = lambda key: stream.read(tmp_path, metadata, key, (0, 0), (5, 4))  # noqa: E731
+    assert torch.equal(read("one"), torch.cat(rows)) and torch.equal(read("cut"), torch.cat(rows))
+    assert torch.equal(read("mixed"), torch.cat([mixed[0].float(), mixed[1]]))
+
+
+def test_places_that_make_a_whole_are_one():
+    """Gate and up above one another are; halves with something between them, or of two keys, are not."""
+    from engine.mcore.stream import Place, _in_one
+
+    half = lambda start, offset, key="fc1": Place(key, (3, 8, 5), (1, offset, 0), (slice(start, start + 4), slice(0, 5)))  # noqa: E731
+    assert _in_one([half(0, 0), half(4, 4)]) == [Place("fc1", (3, 8, 5), (1, 0, 0), (slice(0, 8), slice(0, 5)))]
+    for found in ([half(0, 4), half(4, 0)], [half(0, 0), half(4, 4, "other")], [half(0, 0), half(5, 5)]):
+        assert _in_one(found) == found
+
+
 def test_nothing_more_is_made_when_a_writer_has_failed(tmp_path):
     from engine.mcore import stream
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from engine import hashes
@@ -79,6 +80,11 @@ def beside_checkpoint(run: RunConfig, tensors: Mapping[str, Tensor], folder: Pat
     return out
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An engine tensor, or some of its rows, in `dtype`; what every dtype of a model keeps in fp32 stays as it is."""
+    return tensor if not tensor.is_floating_point() or name.endswith("expert_bias") else tensor.to(dtype)
+
+
 class Rounded(Mapping[str, Tensor]):
     """A mapping whose floating tensors went through `dtype` (fp32, bf16, fp16; None leaves them) and back, on access."""
 
@@ -87,8 +93,7 @@ class Rounded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        is_kept = not self._dtype or not tensor.is_floating_point() or name.endswith("expert_bias")  # which exports keep in fp32
-        return tensor if is_kept else tensor.to(self._dtype).to(tensor.dtype)
+        return tensor if self._dtype is None else cast(name, tensor, self._dtype).to(tensor.dtype)
 
     def __contains__(self, name) -> bool:  # Mapping's own would read the tensor
         return name in self._tensors

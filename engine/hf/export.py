@@ -19,12 +19,13 @@ from torch import Tensor
 
 from engine.config import RunConfig, dump_config
 from engine.data.chat import source_of
-from engine.hf import FAMILIES, shards
+from engine.hf import FAMILIES, names, shards
 from engine.hf.fields import HFError, dtype_keys, head_of
 from engine.hf.load import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
                    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
 
@@ -48,20 +49,20 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
     hf = family.hf_config(model, run.train.seq_len)  # refuses before anything is written
     if head_of(hf) != model.head:
         raise HFError(f"model.head={model.head} has no Hugging Face form in family {model.family}")
-    source = tokenizer_source(run, tokenizer_dir)
+    source, pairs = tokenizer_source(run, tokenizer_dir), family.pairs(model)
     part = out.with_name(f"{out.name}.partial-{os.getpid()}")
     part.mkdir(parents=True)
     try:
         shapes = shards.outline(family, model, tensors, DTYPES[dtype] if dtype else None)
-        with shards.Ahead(tensors, [pair.engine for pair in family.pairs(model)]) as ahead:
-            shards.write(part, shapes, family.to_hf(model, ahead), shard_bytes, written)
+        with shards.Ahead(tensors, [pair.engine for pair in pairs]) as ahead:
+            shards.write(part, shapes, names.rows_to_hf(pairs, ahead), shard_bytes, written)
         copy_tokenizer(part, source, run.data.eod_id)
         if run.chat.template:  # the one the model was trained with, over the tokenizer's own
             (part / "chat_template.jinja").write_text(source_of(run.chat.template), encoding="utf-8")
         ids = special_ids(part, run.data.eod_id)
         write_json(part / "config.json", hf | dtype_keys(str(next(iter(shapes.values())).dtype).removeprefix("torch.")) | ids)
         if model.head == "tokens":
-            write_json(part / "generation_config.json", ids)
+            write_json(part / GENERATION, generation(source, ids, run.data.eod_id))
         write_card(part, run, out.name, tokens_trained, verification)
         part.replace(out)
     except BaseException:
@@ -116,6 +117,18 @@ def special_ids(folder: Path, eod_id: int) -> dict[str, int | None]:
     if eod_id >= 0:
         found["eos_token_id"] = eod_id
     return found
+
+
+def generation(source: Path | None, ids: Mapping[str, int | None], eod_id: int) -> dict[str, Any]:
+    """generation_config.json: that of the folder the tokenizer came from (how to sample, several ends of an answer), completed by `ids`.
+
+    A run that sets data.eod_id to none of its ends has trained with another one, which then is the only end.
+    """
+    kept = read_json(source / GENERATION) if source is not None and (source / GENERATION).is_file() else {}
+    ends = kept.get("eos_token_id")
+    if eod_id >= 0 and eod_id not in (ends if isinstance(ends, list) else [ends]):
+        kept.pop("eos_token_id", None)
+    return {**ids, **kept}
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:

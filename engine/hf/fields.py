@@ -6,6 +6,7 @@ whichever is there. No torch here. Left out, and refused: RoPE of part of a head
 that knows it (phi3.py), and types with no `model.rope_scaling.kind`.
 """
 
+import math
 from typing import Any, Mapping
 
 from pydantic import ValidationError
@@ -56,6 +57,23 @@ def need(hf: Mapping[str, Any], *keys: str) -> list[Any]:
     return [hf[key] for key in keys]
 
 
+def refuse_texts(hf: Mapping[str, Any]) -> None:
+    """Raise HFError for numbers that are spelled as texts, also among the RoPE parameters, as YAML's readers leave 1e-5."""
+    found, inner = {}, [hf, *(hf.get(key) for key in ("rope_scaling", "rope_parameters"))]
+    inner += [value for mapping in inner[1:] if isinstance(mapping, dict) for value in mapping.values()]
+    for mapping in (mapping for mapping in inner if isinstance(mapping, dict)):
+        found |= {f"{key}={value!r} is a text where a number belongs; write {value.strip()}": True for key, value in mapping.items()
+                  if isinstance(value, str) and _is_number(value) and not key.startswith("_") and not key.endswith(("version", "revision"))}
+    refuse(found, "config.json")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(text) and math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def count(hf: Mapping[str, Any], key: str, default: int, least: int = 0) -> int:
     """The whole number under `key`, or transformers' default where it is left out or null; HFError for anything else."""
     value = default if hf.get(key) is None else hf[key]
@@ -88,6 +106,8 @@ def to_model(fields: Mapping[str, Any]) -> Model:
 
 def classifier(architecture: str) -> str:
     """The HF architecture with a scalar head that goes with one for tokens: AutoModelForSequenceClassification's."""
+    if architecture == "Gemma3ForCausalLM":  # without Text it is the vision model's
+        return "Gemma3TextForSequenceClassification"
     return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForSequenceClassification"
 
 

@@ -20,9 +20,7 @@ EMBEDDING = llama.EMBEDDING
 def hf_config(model: Model, seq_len: int, dtype: str = "float32") -> dict[str, Any]:
     """config.json of `model` for transformers 4.x and 5.x; see llama.py. Raises HFError where Gemma3ForCausalLM cannot express the model."""
     refuse(llama.inexpressible(model, qk_norm=True, **gemma2.FIXED, logits_softcap=None, query_pre_attn_scalar=None, rope_local_theta=None)
-           | gemma2.common_problems(model) | {
-        "model.head=scalar (transformers' classifier of this name is that of the vision model)": model.head == "scalar",
-    }, f"{ARCHITECTURE} cannot express this model")
+           | gemma2.common_problems(model), f"{ARCHITECTURE} cannot express this model")
     config = gemma2.common_config(model, seq_len, dtype)
     local = model.rope_local_theta or model.rope_theta
     return config | {

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from engine import hashes
 from engine.hf import family_of
-from engine.hf.fields import HFError
+from engine.hf.fields import HFError, refuse
 from engine.hf.names import some
+from engine.mapped import mapped
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -96,7 +97,9 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
     prefixes = mtp_prefixes(hf)
     if prefixes and (drop_mtp or not any(name.startswith(prefixes) for name in places)):
         hf, places = family.without_mtp(hf), {name: place for name, place in places.items() if not name.startswith(prefixes)}
-    tensors, shapes = Tensors(places), family.hf_shapes(hf)
+    tensors = Tensors(places)
+    _check_counts(folder, hf, tensors)
+    shapes = family.hf_shapes(hf)
     _check(folder, tensors, shapes)
     # A tied model may carry its output matrix all the same; then it has to be the embedding.
     if HEAD in places and HEAD not in shapes:
@@ -104,6 +107,16 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
             raise HFError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from {family.EMBEDDING}")
         del places[HEAD]
     return hf, tensors
+
+
+def _check_counts(folder: Path, hf: Mapping[str, Any], tensors: Tensors) -> None:
+    """Refuse counts that no folder with these tensors can have, before lists of that length are made: a layer has a tensor or more, an expert
+    a row of the router's."""
+    longest = max((size for name in tensors for size in tensors.shape(name)), default=0)
+    limits = {"num_hidden_layers": (len(tensors), f"{len(tensors)} tensors"), "n_layer": (len(tensors), f"{len(tensors)} tensors")}
+    limits |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (longest, f"no dim above {longest}"))
+    refuse({f"{key}={hf[key]}, but its tensors make that impossible ({found})": isinstance(hf.get(key), (int, float)) and hf[key] > limit
+            for key, (limit, found) in limits.items() if key in hf}, f"{folder}/config.json says")
 
 
 def mtp_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
@@ -190,7 +203,7 @@ class Pickled:
 
 
 class Safe:
-    """A safetensors file with safe_open's calls, whose tensors are read and not mapped: what is mapped stays in memory until the file is closed."""
+    """A safetensors file with safe_open's calls, each of whose tensors is a mapping of its own: what safe_open gives keeps all of the file mapped."""
 
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt", device="cpu")  # checks the header and the file's length
@@ -205,17 +218,10 @@ class Safe:
         dtype = next((t for t, short in SHORT.items() if short == entry["dtype"]), None)
         if dtype is None:
             return self._file.get_tensor(name)
-        begin, end = entry["data_offsets"]
-        raw = torch.empty(end - begin, dtype=torch.uint8)
-        rest = memoryview(raw.numpy())
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._base + begin)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise HFError(f"{self._path} was cut short while it was read")
-                rest = rest[count:]
-        return raw.view(dtype).view(entry["shape"])
+        try:
+            return mapped(self._path, self._base + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
+        except OSError as error:
+            raise HFError(f"{self._path} could not be read to its end: {error}") from None
 
 
 def _open(path: Path):

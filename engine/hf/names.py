@@ -2,7 +2,8 @@
 
 A Pair ties one engine tensor to the HF tensors with its numbers. Its `join` makes the engine tensor from them, its `split` undoes
 that, bit by bit. `from_hf` and `to_hf` walk a list of Pairs in model order and read every tensor once, when its turn comes, so a
-lazy mapping never holds a whole model. Engine names and shapes are those of a megatron GPTModel.state_dict() at tp = pp = ep = 1.
+lazy mapping never holds a whole model. `rows_from_hf` and `rows_to_hf` leave unjoined what only lies below one another, for who writes it anyway.
+Engine names and shapes are those of a megatron GPTModel.state_dict() at tp = pp = ep = 1.
 An HF tensor that stacks the experts of a layer is tied part by part, under names of slice_of.
 Left out: parallel shards (the checkpoint reader has put them together) and changes of dtype (export's affair).
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.config import Model
 from engine.hf.fields import HFError
+from engine.rows import Rows, shape_of, whole
 
 Shape = tuple[int, ...]
 _SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
@@ -30,16 +32,16 @@ class Pair:
     """Name in the engine; empty when the engine has no such tensor, and then the HF ones must be zero."""
     hf: dict[str, Shape]
     """HF names with their shapes, in the order that join takes and split gives."""
-    join: Callable[..., Tensor]
-    """HF tensors -> engine tensor."""
-    split: Callable[[Tensor], Sequence[Tensor]]
-    """Engine tensor -> HF tensors."""
+    join: Callable[..., Tensor | Rows]
+    """HF tensors -> engine tensor, or what lies below one another in it."""
+    split: Callable[[Tensor], Sequence[Tensor | Rows]]
+    """Engine tensor -> HF tensors, each in one piece or not."""
     is_optional: bool = False
     """The HF tensors may all be absent, which means zeros: a bias that this HF model does without."""
 
     @property
     def engine_shape(self) -> Shape:
-        return tuple(self.join(*(torch.empty(shape, device="meta") for shape in self.hf.values())).shape)
+        return shape_of(self.join(*(torch.empty(shape, device="meta") for shape in self.hf.values())))
 
 
 def same(engine: str, hf: str, *shape: int, is_optional: bool = False) -> Pair:
@@ -54,7 +56,7 @@ def transposed(engine: str, hf: str, rows: int, cols: int) -> Pair:
 
 def stacked(engine: str, hf: Sequence[str], *shape: int, is_optional: bool = False) -> Pair:
     """HF tensors of one shape on top of each other; the gated fc1 is [gate; up]."""
-    return Pair(engine, {name: shape for name in hf}, lambda *t: torch.cat(t), lambda t: t.chunk(len(hf)), is_optional)
+    return Pair(engine, {name: shape for name in hf}, lambda *t: t, lambda t: t.chunk(len(hf)), is_optional)
 
 
 def vocabulary(engine: str, hf: str, model: Model) -> Pair:
@@ -74,7 +76,7 @@ def qkv(engine: str, hf: Sequence[str], model: Model, *cols: int, is_optional: b
     """HF's q, k and v as one engine tensor, group by group; cols is (h,) for weights and () for biases."""
     q_rows, kv_rows = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     shapes = [(q_rows, *cols), (kv_rows, *cols), (kv_rows, *cols)]
-    return Pair(engine, dict(zip(hf, shapes)), partial(fuse_qkv, model), partial(split_qkv, model), is_optional)
+    return Pair(engine, dict(zip(hf, shapes)), partial(fuse_qkv, model), partial(unfused_rows, model), is_optional)
 
 
 def slice_of(hf: str, index: int, count: int) -> str:
@@ -100,27 +102,28 @@ def must_be_zero(hf: str, *shape: int) -> Pair:
     return Pair("", {hf: shape}, lambda t: t, lambda t: (t,))
 
 
-def pad_rows(rows: int, tensor: Tensor) -> Tensor:
+def pad_rows(rows: int, tensor: Tensor) -> Rows:
     """[n, h] -> [rows, h], zeros below."""
-    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+    return (tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])) if rows > tensor.shape[0] else (tensor,)
 
 
-def fuse_qkv(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fuse_qkv(model: Model, q: Tensor, k: Tensor, v: Tensor) -> Rows:
     """q [heads * d, ...], k and v [groups * d, ...] -> [(heads + 2 * groups) * d, ...].
 
     For each KV group its query heads, then its key head, then its value head: the order of megatron's linear_qkv.
     """
-    groups, cols = model.kv_heads, q.shape[1:]
-    blocks = [t.reshape(groups, t.shape[0] // groups, *cols) for t in (q, k, v)]  # [groups, heads_of_group * d, ...]
-    return torch.cat(blocks, dim=1).reshape(-1, *cols)
+    return tuple(block for blocks in zip(*(t.chunk(model.kv_heads) for t in (q, k, v))) for block in blocks)
 
 
 def split_qkv(model: Model, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of fuse_qkv."""
-    groups, d, cols = model.kv_heads, model.head_size, fused.shape[1:]
-    q_rows = model.num_attention_heads // groups * d
-    blocks = fused.reshape(groups, q_rows + 2 * d, *cols).split([q_rows, d, d], dim=1)
-    return tuple(block.reshape(-1, *cols) for block in blocks)
+    return tuple(map(whole, unfused_rows(model, fused)))
+
+
+def unfused_rows(model: Model, fused: Tensor) -> tuple[Rows, Rows, Rows]:
+    """The same, q, k and v in their pieces."""
+    d, q_rows = model.head_size, model.num_attention_heads // model.kv_heads * model.head_size
+    return tuple(zip(*(block.split([q_rows, d, d]) for block in fused.split(q_rows + 2 * d))))
 
 
 def hf_shapes(pairs: Sequence[Pair]) -> dict[str, Shape]:
@@ -128,13 +131,18 @@ def hf_shapes(pairs: Sequence[Pair]) -> dict[str, Shape]:
     shapes = {}
     for pair in pairs:
         for name, shape in pair.hf.items():
-            whole, _, count = _parsed(name)
-            shapes[whole] = (count, *shape) if count else shape
+            stack, _, count = _parsed(name)
+            shapes[stack] = (count, *shape) if count else shape
     return shapes
 
 
 def from_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Engine (name, tensor) in model order. Raises HFError for a missing tensor or a wrong shape."""
+    return ((name, whole(rows)) for name, rows in rows_from_hf(pairs, tensors))
+
+
+def rows_from_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | Rows]]:
+    """The same with some tensors not in one piece yet."""
     dtype, tensors = torch.float32, _Sliced(tensors)
     for pair in pairs:
         if pair.is_optional and not any(name in tensors for name in pair.hf):
@@ -151,6 +159,11 @@ def from_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tu
 
 def to_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """HF (name, tensor) in model order. Raises HFError for a missing tensor, a wrong shape, or one that HF has no place for."""
+    return ((name, whole(rows)) for name, rows in rows_to_hf(pairs, tensors))
+
+
+def rows_to_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | Rows]]:
+    """The same with some tensors not in one piece yet."""
     homeless = sorted(name for name in set(tensors) - {pair.engine for pair in pairs} if not name.endswith("_extra_state"))
     if homeless:
         raise HFError(f"the checkpoint holds {some(homeless)}, for which the HF architecture has no place")
@@ -162,13 +175,13 @@ def to_hf(pairs: Sequence[Pair], tensors: Mapping[str, Tensor]) -> Iterator[tupl
         tensor = _checked(tensors, pair.engine, pair.engine_shape)
         dtype = tensor.dtype
         for name, part in zip(pair.hf, pair.split(tensor)):
-            whole, _, count = _parsed(name)
+            stack, _, count = _parsed(name)
             if not count:
                 yield name, part
                 continue
-            stacks.setdefault(whole, []).append(part)
-            if len(stacks[whole]) == count:
-                yield whole, torch.stack(stacks.pop(whole))
+            stacks.setdefault(stack, []).append(whole(part))
+            if len(stacks[stack]) == count:
+                yield stack, torch.stack(stacks.pop(stack))
 
 
 def ways(pairs: Callable[[Model], list[Pair]]):
@@ -194,13 +207,13 @@ class _Sliced:
         return _parsed(name)[0] in self._tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        whole, index, count = _parsed(name)
+        stack, index, count = _parsed(name)
         if not count:
             return self._tensors[name]
-        if self._last[0] != whole:
-            self._last = whole, self._tensors[whole]
+        if self._last[0] != stack:
+            self._last = stack, self._tensors[stack]
         if self._last[1].shape[0] != count:
-            raise HFError(f"tensor {whole} stacks {self._last[1].shape[0]} parts, but the configuration makes it {count}")
+            raise HFError(f"tensor {stack} stacks {self._last[1].shape[0]} parts, but the configuration makes it {count}")
         return self._last[1][index]
 
 

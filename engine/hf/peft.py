@@ -6,8 +6,9 @@
 
 Engine tensors are whole and named as engine/mcore/checkpoint.read_tensors names them; which Hugging Face layer a part of a fused matrix
 is, the family's Pairs say. For a mixture of experts the names are those of transformers 4 (`experts.3.w1`), which PEFT converts for 5.
-Left out: families whose Hugging Face form fuses q, k and v too (gpt2: PEFT has one adapter for the three), adapters that PEFT itself fused
-for transformers 5, and what engine/mcore/lora.py does not train (adapted embeddings, biases, ranks that differ by layer).
+Left out: parts that a family's Hugging Face form fuses too (phi3's q, k and v: PEFT has one adapter for the three), gpt2, whose matrices are
+transposed, adapters that PEFT itself fused for transformers 5, and what engine/mcore/lora.py does not train (adapted embeddings, biases, ranks that
+differ by layer).
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ from engine.hf import FAMILIES
 from engine.hf.export import write_json
 from engine.hf.fields import HFError, refuse
 from engine.hf.load import read_json
-from engine.hf.names import some
+from engine.hf.names import Pair, some
 from engine.hf.verify import transformers_network
 from engine.stage_sections import Lora
 
@@ -67,13 +68,14 @@ def save_adapter(model: Model, lora: Lora, tensors: Mapping[str, Tensor], folder
 def load_adapter(folder: str | Path, model: Model) -> tuple[Lora, dict[str, Tensor]]:
     """(lora section, engine name -> tensor) of a PEFT folder for `model`. Raises HFError for adapters that the engine has no form for."""
     folder = Path(folder)
-    refuse(_fused(model), str(folder))
+    refuse(_transposed(model), str(folder))
     config = read_json(folder / CONFIG)
     every, stored = _section(folder, config, model), _stored(folder)
     names = {hf: name for name, hf in (_hf_names(model, every) | VALUE_HEAD).items()}
     unknown = sorted(set(stored) - set(names))
     if unknown:
-        raise HFError(f"{folder / WEIGHTS} holds {some(unknown)}, for which this {model.family} model has no adapter")
+        why = "; in the engine q, k and v (gate and up) have an adapter each" if model.family in FUSED else ""
+        raise HFError(f"{folder / WEIGHTS} holds {some(unknown)}, for which this {model.family} model has no adapter{why}")
     tensors = {names[hf]: tensor for hf, tensor in stored.items()}
     targets = [part for part in every.targets if any(f"{adapters.MARK}{part}." in name for name in tensors)]
     lora = every.model_copy(update={"targets": targets})
@@ -165,24 +167,29 @@ def check_expressible(model: Model, lora: Lora) -> None:
     targets = set(lora.targets)
     on_experts = bool(model.moe.num_experts and targets & {"gate_proj", "up_proj", "down_proj"})
     cure = "; export the merged model (launch/convert.py to-hf)"
-    refuse(_fused(model) | {
+    fused = sorted(targets & set(FUSED.get(model.family, ())))
+    refuse(_transposed(model) | {
         "the model has none (lora.rank=0); launch/convert.py to-hf exports it": not lora.rank,
         f"lora.dora=true: PEFT has no DoRA for experts{cure}": on_experts and lora.dora,
         f"lora.targets names one of gate_proj and up_proj: transformers 5 fuses them{cure}":
             on_experts and len(targets & {"gate_proj", "up_proj"}) == 1,
         f"lora.targets names MLPs, and some layers are dense beside the experts: PEFT takes all of them for experts{cure}":
             on_experts and not all(model.moe_layers),
-        "shared experts have no place in a Hugging Face model of this family": model.moe.shared_expert_ffn_hidden_size > 0,
+        f"lora.targets names {', '.join(fused)}: a Hugging Face {model.family} fuses q, k and v (gate and up), and PEFT's adapter with them{cure}": bool(fused),
+        f"lora.targets names MLPs, and there are shared experts beside the others: PEFT takes all of them for experts{cure}":
+            on_experts and model.moe.shared_expert_ffn_hidden_size > 0,
+        f"lora.targets names MLPs: a Hugging Face gpt_oss lets rows of gate and up take turns in one parameter{cure}":
+            on_experts and model.family == "gpt_oss",
     }, "PEFT cannot express these adapters")
 
 
-def _fused(model: Model) -> dict[str, bool]:
-    return {
-        f"model.family={model.family}: its Hugging Face form fuses q, k and v, and PEFT's adapter with them; convert merged models":
-            model.family in ("gpt2", "phi3"),
-        f"model.family={model.family}: its adapters have not been compared with PEFT's; convert merged models":
-            model.family in ("deepseek_v2", "deepseek_v3", "gemma2", "gemma3", "gpt_oss"),
-    }
+FUSED = {"phi3": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+"""Parts that a family's Hugging Face form has one layer for several of."""
+
+
+def _transposed(model: Model) -> dict[str, bool]:
+    return {f"model.family={model.family}: its Hugging Face form fuses q, k and v and transposes every matrix (Conv1D); convert merged models":
+            model.family == "gpt2"}
 
 
 def _for_peft(model: Model, lora: Lora) -> Lora:
@@ -202,8 +209,26 @@ def _hf_names(model: Model, lora: Lora) -> dict[str, str]:
         parts = adapters.parts_of(layer.rpartition(".")[2], model)
         if layer != pair.engine:
             names |= {f"{layer}{adapters.MARK}{part}.{kind}": PREFIX + hf.removesuffix("weight") + suffix
-                      for part, hf in zip(parts, pair.hf) if part in lora.targets for kind, suffix in kinds.items()}
+                      for part, hf in _layers(parts, pair) if part in lora.targets for kind, suffix in kinds.items()}
     return names
+
+
+def _layers(parts: tuple[str, ...], pair: Pair) -> Iterator[tuple[str, str]]:
+    """(part of an engine matrix, name of the HF layer's weight); none where HF fuses parts or stacks experts."""
+    return zip(parts, pair.hf) if len(parts) == len(pair.hf) and all(hf.endswith(".weight") for hf in pair.hf) else iter(())
+
+
+def other_base(folder: Path, base: Path) -> str:
+    """The base model that an adapter_config.json names where it cannot be the one in the folder `base`; empty where it may be.
+
+    The same folder, the same last part of the name, or a name of the hub's cache (models--org--name) may be.
+    """
+    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    known = {*base.resolve().parts[-1:], *(part.removeprefix("models--").split("--")[-1] for part in base.resolve().parts if part.startswith("models--")),
+             Path(str(read_json(base / "config.json").get("_name_or_path", ""))).name}
+    return "" if Path(named).name in known else named
 
 
 def _config(lora: Lora, names: Mapping[str, str], base_name: str) -> dict[str, Any]:
@@ -223,7 +248,8 @@ def _check_shapes(folder: Path, model: Model, lora: Lora, tensors: Mapping[str, 
     problems = [f"{len(missing)} tensors missing: {some(missing)}"] if missing else []
     for pair in FAMILIES[model.family].pairs(model):
         layer = pair.engine.removesuffix(".weight")
-        for part, shape in zip(adapters.parts_of(layer.rpartition(".")[2], model), pair.hf.values()):
+        for part, hf in _layers(adapters.parts_of(layer.rpartition(".")[2], model), pair):
+            shape = pair.hf[hf]
             wanted = {"A": (lora.rank, shape[-1]), "B": (shape[0], lora.rank), "magnitude": (shape[0],)}
             for kind, size in wanted.items():
                 tensor = tensors.get(f"{layer}{adapters.MARK}{part}.{kind}")

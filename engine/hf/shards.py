@@ -1,7 +1,7 @@
 """Weight files of a Hugging Face folder, written tensor by tensor.
 
     shapes = outline(family, model, tensors)         # HF name -> meta tensor: what will be written, before anything is read
-    write(folder, shapes, family.to_hf(model, tensors), shard_bytes=5e9)
+    write(folder, shapes, names.rows_to_hf(family.pairs(model), tensors), shard_bytes=5e9)
 
 A safetensors file is a length, a JSON header and raw tensors behind one another; since names, shapes and dtypes are known first, the
 headers are too, and each tensor goes straight to its place from one of a few threads. Memory is that of the tensors underway.
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from engine.hf.fields import HFError
 from engine.hf.load import INDEX, SHORT, WEIGHTS
+from engine.mapped import bytes_of, write_all
+from engine.rows import Rows, pieces, shape_of
 
 NUM_THREADS = 2
 
@@ -94,7 +96,7 @@ class _Shard:
     descriptor: int = -1
 
 
-def write(folder: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], shard_bytes: float,
+def write(folder: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor | Rows]], shard_bytes: float,
           written: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Write `tensors` as model.safetensors or, where they exceed shard_bytes, as several files with an index.
 
@@ -108,14 +110,14 @@ def write(folder: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[st
         for shard, file_name in zip(shards, names):
             _start(shard, folder / file_name, shapes)
         with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="write") as pool:
-            for name, tensor in tensors:
-                if name not in where or tensor.shape != shapes[name].shape:
-                    raise HFError(f"{name} {list(tensor.shape)} was not expected: the name map does not agree with itself")
+            for name, rows in tensors:
+                if name not in where or shape_of(rows) != shapes[name].shape:
+                    raise HFError(f"{name} {list(shape_of(rows))} was not expected: the name map does not agree with itself")
                 room.acquire()
-                work = pool.submit(_put, where.pop(name), name, tensor, shapes[name].dtype, written)
+                work = pool.submit(_put, where.pop(name), name, pieces(rows), shapes[name].dtype, written)
                 work.add_done_callback(lambda _: room.release())
                 done.append(work)
-                del tensor
+                del rows
         for work in done:
             work.result()
         if where:
@@ -156,12 +158,7 @@ def _start(shard: _Shard, path: Path, shapes: Mapping[str, Tensor]) -> None:
         os.posix_fallocate(shard.descriptor, 0, shard.base + shard.size)
 
 
-def _put(shard: _Shard, name: str, tensor: Tensor, dtype: torch.dtype, written: Callable[[int], None]) -> None:
+def _put(shard: _Shard, name: str, rows: Rows, dtype: torch.dtype, written: Callable[[int], None]) -> None:
     begin, end = shard.ranges[name]
-    tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    place = shard.base + begin
-    while raw:
-        count = os.pwrite(shard.descriptor, raw, place)
-        raw, place = raw[count:], place + count
+    write_all(shard.descriptor, [bytes_of(row.to(device="cpu", dtype=dtype)) for row in rows], shard.base + begin)
     written(end - begin)

@@ -122,11 +122,12 @@ class Verdict:
         return str(self)
 
 
-def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False) -> Network:
+def transformers_network(folder: str | Path, adapter: str | Path | None = None, allow_pickle: bool = False,
+                         rounded: torch.dtype | None = None) -> Network:
     """The model in `folder`, with PEFT's adapter of the folder `adapter` if there is one, by transformers; a classifier gives its number at each
     token, [b, s, 1].
 
-    Tensors of modules for further tokens may lie in the folder; transformers does not load them with the model.
+    rounded: the weights go through this dtype. Tensors of modules for further tokens may lie in the folder; transformers does not load them with the model.
     No code from the folder is run. Raises HFError when transformers finds a tensor missing, unexpected or of another shape.
     """
     try:
@@ -146,6 +147,10 @@ def transformers_network(folder: str | Path, adapter: str | Path | None = None, 
     wrong = {key: value for key, value in info.items() if value}
     if wrong:
         raise HFError(f"transformers does not load {folder} cleanly: {wrong}")
+    if rounded:
+        with torch.no_grad():
+            for parameter in model.parameters():  # not buffers, which keep fp32 in every dtype
+                parameter.copy_(parameter.to(rounded))
     if adapter:
         try:
             from peft import PeftModel

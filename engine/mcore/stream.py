@@ -3,11 +3,13 @@
     write(folder, shards, tensors)          # (name, whole tensor) pairs in any order -> torch_dist files
     piece = read(folder, read_metadata(folder), key, offsets, sizes)
 
-Memory is that of a few tensors, not of a model. The files are those that torch.distributed.checkpoint writes (its `.metadata`, its
+Memory is that of a few tensors, not of a model; what is read is a mapping of the file wherever the bytes lie there as they are wanted, and what is
+written goes from where it lies to the file. The files are those that torch.distributed.checkpoint writes (its `.metadata`, its
 `.distcp` files), so megatron's dist_checkpointing and torch's own tools read them as any other checkpoint.
 Left out: optimizer state, and anything that is spread over ranks (checkpoint.py).
 """
 
+import functools
 import io
 import math
 import os
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -28,6 +31,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from engine.foreign import inside
+from engine.mapped import bytes_of, mapped, write_all
+from engine.rows import Rows, pieces, shape_of, whole
 
 QUEUE = 2  # tensors that wait for a writer: enough to keep it busy, little to keep in memory
 
@@ -50,14 +55,27 @@ def places(shards: Iterable[ShardedTensor], name_of: Callable[[str, list[int]], 
         offsets = tuple(shard.global_offset)
         part = tuple(slice(o, o + n) for o, n in zip(offsets[lead:], shard.local_shape))
         found[name_of(shard.key, list(offsets[:lead]))].append(Place(shard.key, tuple(shard.global_shape), offsets, part))
-    return dict(found)
+    return {name: _in_one(parts) for name, parts in found.items()}
 
 
-def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tuple[str, torch.Tensor]], num_threads: int = 2,
+def _in_one(found: list[Place]) -> list[Place]:
+    """One place instead of several that make a whole box of one stored tensor, as gate and up do where no rank keeps only half of them."""
+    first, dims = found[0], range(len(found[0].part))
+    lead = len(first.offsets) - len(first.part)
+    ends = [(min(place.part[d].start for place in found), max(place.part[d].stop for place in found)) for d in dims]
+    origins = {(place.key, place.offsets[:lead], tuple(o - s.start for o, s in zip(place.offsets[lead:], place.part))) for place in found}
+    if len(origins) > 1 or math.prod(b - a for a, b in ends) != sum(math.prod(s.stop - s.start for s in place.part) for place in found):
+        return found
+    origin = next(iter(origins))[2]
+    return [Place(first.key, first.global_shape, first.offsets[:lead] + tuple(o + a for o, (a, _) in zip(origin, ends)), tuple(slice(*end) for end in ends))]
+
+
+def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tuple[str, torch.Tensor | Rows]], num_threads: int = 2,
           written: Callable[[int], None] = lambda num_bytes: None) -> None:
     """Write every named tensor as `where` says, in `num_threads` files. `written` hears of bytes as they go to disk.
 
-    Raises ValueError naming each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
+    A tensor may come in pieces (rows.py), which are joined only where it goes to several places. Raises ValueError naming
+    each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
     """
     checked = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # a third of the time; whole files are hashed where that is wanted
@@ -65,22 +83,26 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
     writers = [_Writer(folder / f"__0_{i}.distcp", waiting, written) for i in range(num_threads)]
     problems, missing, stored = [], dict(where), {}
     try:
-        for name, tensor in tensors:
+        for name, rows in tensors:
             found = missing.pop(name, None)
             if found is None:
                 problems.append(f"unexpected {name}")
                 continue
-            lead = len(found[0].global_shape) - tensor.dim()
+            shape = shape_of(rows)
+            lead = len(found[0].global_shape) - len(shape)
             wanted = found[0].global_shape[lead:]
-            if lead < 0 or tuple(tensor.shape) != wanted:
-                problems.append(f"{name} has shape {tuple(tensor.shape)}, the model wants {wanted}")
+            if lead < 0 or shape != wanted:
+                problems.append(f"{name} has shape {shape}, the model wants {wanted}")
                 continue
+            rows = pieces(rows)
+            if len(found) > 1 or len({row.dtype for row in rows}) > 1:
+                rows = (whole(rows),)
             for place in found:
-                dtype, *rest = stored.get(place.key, (tensor.dtype, place.global_shape, []))
-                stored[place.key] = torch.promote_types(dtype, tensor.dtype), *rest  # layers share a key, whose dtype rounds none of them
+                dtype, *rest = stored.get(place.key, (rows[0].dtype, place.global_shape, []))
+                stored[place.key] = torch.promote_types(dtype, rows[0].dtype), *rest  # layers share a key, whose dtype rounds none of them
                 rest[-1].append(place)
-                _put(waiting, (place, tensor[place.part]), writers)
-            del tensor
+                _put(waiting, (place, rows if len(rows) > 1 else (rows[0][place.part],)), writers)
+            del rows
             if any(writer.error is not None for writer in writers):
                 break  # a full disk, say: no need to read what nobody will write
     finally:
@@ -120,24 +142,50 @@ class _Writer(threading.Thread):
     def run(self) -> None:
         try:
             with open(self.path, "wb", buffering=0) as file:
+                begin = 0
                 while (item := self.waiting.get()) is not None:
-                    place, tensor = item
-                    begin = file.tell()
-                    tensor = tensor.reshape([1] * (len(place.global_shape) - tensor.dim()) + list(tensor.shape))  # counting axes have size 1 here
-                    torch.save(_alone(tensor), file)
-                    length = file.tell() - begin
+                    place, rows = item
+                    counting = [1] * (len(place.global_shape) - len(place.part))  # axes that count layers and experts
+                    shape = (*counting, *(s.stop - s.start for s in place.part))
+                    head, tail = around(shape, rows[0].dtype)
+                    raw = [memoryview(head), *map(bytes_of, rows), memoryview(tail)]
+                    length = sum(map(len, raw))
+                    os.posix_fallocate(file.fileno(), begin, length)  # a file that grows as it is written takes three times as long
+                    write_all(file.fileno(), raw, begin)
                     self.entries.append((MetadataIndex(place.key, torch.Size(place.offsets)), _StorageInfo(self.path.name, begin, length)))
-                    self.written(tensor.nbytes)
+                    self.written(length - len(head) - len(tail))
+                    begin += length
+                    del item, rows, raw  # not kept while waiting for the next
         except BaseException as error:
             self.error = error
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as a tensor whose storage holds nothing else, for torch.save writes all of a storage."""
-    tensor = tensor.contiguous()
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
+@functools.lru_cache(256)
+def around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the numbers of a tensor of this shape, while it makes no checksums of them."""
+    empty = torch.empty(shape, dtype=dtype)  # of memory that nobody touches
+    file = _Around(empty)
+    torch.save(empty, file)
+    return bytes(file.before), bytes(file.after)
+
+
+class _Around:
+    """A file for torch.save that keeps all but the tensor's numbers, which it knows by their address."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.before, self.after, self._numbers = bytearray(), bytearray(), (tensor.data_ptr(), tensor.nbytes)
+        self._seen = 0
+
+    def write(self, piece: memoryview) -> int:
+        begin, num_bytes = self._numbers
+        if begin <= numpy.frombuffer(piece, numpy.uint8).ctypes.data < begin + num_bytes:
+            self._seen += len(piece)
+        else:
+            (self.after if self._seen else self.before).extend(piece)
+        return len(piece)
+
+    def flush(self) -> None:
+        assert self._seen == self._numbers[1], "torch.save did not write the numbers in one run"
 
 
 def _finish(folder: Path, stored: Mapping[str, tuple], entries: list) -> None:
@@ -165,8 +213,12 @@ def read_metadata(folder: Path) -> Metadata:
     return found
 
 
+class ForeignMetadata(pickle.UnpicklingError):
+    """A `.metadata` that names what neither torch nor megatron writes into it; str() says what."""
+
+
 class _Descriptions(pickle.Unpickler):
-    """Unpickles what torch and megatron write into `.metadata`; raises UnpicklingError for any other name."""
+    """Unpickles what torch and megatron write into `.metadata`; raises ForeignMetadata for any other name."""
 
     ALLOWED = {
         "torch": ("Size", "device"),
@@ -184,52 +236,50 @@ class _Descriptions(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if name in self.ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which describes no tensors")
+        raise ForeignMetadata(f".metadata names {module}.{name}, which describes no tensors")
 
 
 def read(folder: Path, metadata: Metadata, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
     """The box at `offsets` of the stored tensor `key`, [*sizes], from whichever files hold parts of it."""
     stored = metadata.state_dict_metadata[key]
-    target, missing = torch.empty(sizes, dtype=stored.properties.dtype), math.prod(sizes)
+    target, missing = None, math.prod(sizes)
     for chunk in stored.chunks:
         low = [max(o, c) for o, c in zip(offsets, chunk.offsets)]
         high = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
         if any(a >= b for a, b in zip(low, high)):
             continue
         place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        if tuple(chunk.sizes) == tuple(sizes) and tuple(chunk.offsets) == tuple(offsets):
-            return _chunk(folder / place.relative_path, place, target)
-        inside = _chunk(folder / place.relative_path, place, torch.empty(chunk.sizes, dtype=target.dtype))
+        held = _chunk(folder / place.relative_path, place, tuple(chunk.sizes))
         box = lambda base: tuple(slice(a - o, b - o) for a, b, o in zip(low, high, base))  # noqa: B023, E731
-        target[box(offsets)] = inside[box(chunk.offsets)]
+        part = held[box(chunk.offsets)]
+        if part.shape == sizes and part.dtype == stored.properties.dtype:
+            return part
+        if target is None:
+            target = torch.empty(sizes, dtype=stored.properties.dtype)
+        target[box(offsets)] = part
         missing -= math.prod(b - a for a, b in zip(low, high))
     if missing:
         raise ValueError(f".metadata lists no file for {missing} numbers of {key}")
     return target
 
 
-def _chunk(path: Path, place: _StorageInfo, target: torch.Tensor) -> torch.Tensor:
-    """One stored tensor, read into `target` where its bytes lie in order, as they do unless somebody saved a transposed one."""
+def _chunk(path: Path, place: _StorageInfo, shape: tuple[int, ...]) -> torch.Tensor:
+    """One stored tensor: mapped where its bytes lie in order, as they do unless somebody saved a transposed one."""
     with open(path, "rb", buffering=0) as file:
         part = _Window(file, place.offset, place.length)
         described = torch.load(part, map_location="meta", weights_only=True)
         part.seek(0)
         with zipfile.ZipFile(part) as archive:
             record = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
-        is_plain = described.is_contiguous() and record.compress_type == zipfile.ZIP_STORED and record.file_size == target.nbytes
-        if described.dtype != target.dtype or described.shape != target.shape or not is_plain:
+        if described.shape != shape:
+            raise ValueError(f"{path.name} holds a tensor {list(described.shape)} where .metadata says {list(shape)}")
+        if not described.is_contiguous() or record.compress_type != zipfile.ZIP_STORED or record.file_size != described.nbytes:
             part.seek(0)
-            return target.copy_(torch.load(part, map_location="cpu", weights_only=True))
+            return torch.load(part, map_location="cpu", weights_only=True)
         file.seek(place.offset + record.header_offset)
         header = file.read(30)  # of a file in an archive: the lengths of its name and extra field lie at 26 and 28
-        file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
-        rest = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.dim() else memoryview(target.view(1).view(torch.uint8).numpy())
-        while rest:
-            count = file.readinto(rest)
-            if not count:
-                raise ValueError(f"{path.name} ends before its last tensor does")
-            rest = rest[count:]
-    return target
+        begin = file.tell() + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return mapped(path, begin, described.dtype, shape)
 
 
 class _Window(io.RawIOBase):

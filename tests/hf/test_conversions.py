@@ -114,13 +114,22 @@ def test_a_checkpoint_of_megatron_alone(convert, tmp_path, capsys):
              "vocab_size": 301, "max_position": 64}
     config = tmp_path / "run.yaml"
     write = lambda **changes: config.write_text(yaml.safe_dump({  # noqa: E731
-        "run": {"dir": "r"}, "model": model | changes, "data": {"train": ["x"]}, "train": {"seq_len": 64, "global_batch": 1, "steps": 1, "precision": "fp32"}}))
+        "run": {"dir": "r"}, "model": model | changes, "data": {}, "train": {"seq_len": 64, "global_batch": 1, "steps": 1, "precision": "fp32"}}))
     write()
     assert convert("from-megatron", folder.parent, tmp_path / "ckpt", "--config", config) == 0
     run, tensors = read_config(tmp_path / "ckpt"), read_tensors(tmp_path / "ckpt")
     ours = build.single_rank_logits(run, tensors, tokens)
     torch.testing.assert_close(ours, theirs[..., :301], rtol=1e-4, atol=1e-5)
     assert tensors["output_layer.weight"].shape == (384, 48) and not tensors["output_layer.weight"][301:].any()
+
+    assert run.data.train == []
+
+    metadata = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(b"cits_plugin\nUnknown\n.")      # a pickle of that class
+    assert convert("from-megatron", folder.parent, tmp_path / "foreign", "--config", config) == 1
+    err = capsys.readouterr().err
+    assert ".metadata names its_plugin.Unknown" in err and "Another program or version wrote it" in err and "damaged" not in err
+    (folder / ".metadata").write_bytes(metadata)
 
     write(ffn_hidden_size=80)
     assert convert("from-megatron", folder, tmp_path / "bad", "--config", config) == 1

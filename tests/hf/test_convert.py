@@ -104,6 +104,68 @@ def test_the_dtype_asked_for_is_not_held_against_the_conversion(convert, tiny, t
     assert {tensor.dtype for tensor in open_hf(tmp_path / "out")[1].values()} == {torch.bfloat16}
 
 
+def test_a_dtype_on_the_way_in(convert, tiny, tmp_path, capsys):
+    """The proof holds with transformers' weights rounded alike, and not without."""
+    from engine.hf import verify
+    from engine.mcore.checkpoint import read_config, read_tensors
+
+    model, words = tiny("deepseek_v3"), ["--dtype", "bf16"]
+    assert convert.main(["from-hf", str(model.folder), str(tmp_path / "ckpt"), *words]) == 0, capsys.readouterr().err
+    tensors = read_tensors(tmp_path / "ckpt")
+    kept = {name for name in tensors if tensors.dtype(name) != torch.bfloat16}
+    assert kept == {name for name in tensors if name.endswith("expert_bias")} != set()
+    assert read_config(tmp_path / "ckpt").train.precision == "bf16"
+    plain = verify.transformers_logits(model.folder, verify.prompts(model.run.model))
+    rounded = verify.transformers_network(model.folder, rounded=torch.bfloat16)(verify.prompts(model.run.model))
+    assert (plain - rounded).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_how_to_generate_survives(convert, tiny, tmp_path):
+    """generation_config.json of the source, with several ends and how to sample, comes out again."""
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny("llama").folder, tmp_path / "model")
+    wanted = {"bos_token_id": 1, "eos_token_id": [7, 9], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(wanted))
+    (folder / "tokenizer_config.json").write_text("{}")      # a tokenizer's folder is where they are looked for
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--no-verify"]) == 0
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert found == wanted | {"pad_token_id": None}
+
+
+@pytest.mark.parametrize("eod, expected", [(-1, [7, 9]), (9, [7, 9]), (5, 5)], ids=["unset", "one of them", "another"])
+def test_a_runs_own_end_of_text_wins(tmp_path, eod, expected):
+    import json
+
+    from engine.hf.export import generation
+
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "top_k": 3}))
+    assert generation(tmp_path, {"eos_token_id": eod if eod >= 0 else None}, eod) == {"eos_token_id": expected, "top_k": 3}
+
+
+def test_a_folder_that_may_not_be_written_to(convert, tmp_path, capsys):
+    import os
+
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    is_root = os.geteuid() == 0
+    os.seteuid(65534 if is_root else os.geteuid())      # root may write anywhere
+    try:
+        with pytest.raises(SystemExit) as stop:
+            convert.parse(["from-hf", "/", str(closed / "more" / "ckpt")])
+    finally:
+        os.seteuid(0 if is_root else os.geteuid())
+    assert stop.value.code == 2 and f"{closed} may not be written to by this user" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        convert.parse(["from-hf", "/", str(tmp_path / "file" / "ckpt")])
+    assert "file is no folder" in capsys.readouterr().err
+
+
 def test_no_verify_says_what_is_not_proved(convert, tiny, tmp_path, capsys):
     assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
     assert convert.main(["to-hf", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--no-verify"]) == 0

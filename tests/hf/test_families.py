@@ -73,7 +73,7 @@ def checkpoints():
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "olmo2", "deepseek_v3", "gemma2",
-                                  "gpt_oss", "gpt2"])
+                                  "gemma3", "gpt_oss", "gpt2"])
 def test_a_reward_model_goes_both_ways(name, tmp_path):
     """AutoModelForSequenceClassification with one label is a scalar head: its number at every token, and every bit on the way back."""
     from engine.mcore.build import single_rank_logits

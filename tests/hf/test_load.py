@@ -35,6 +35,29 @@ def shard(folder, weight_map=None):
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places | (weight_map or {})}))
 
 
+@pytest.mark.parametrize("name, changes, words", [
+    ("llama", {"num_hidden_layers": 1_000_000_000}, "num_hidden_layers=1000000000, but its tensors make that impossible .* tensors"),
+    ("gemma3", {"num_hidden_layers": 1e9, "layer_types": None}, "num_hidden_layers=1000000000.0, but"),
+    ("mixtral", {"num_local_experts": 10**9}, "num_local_experts=1000000000, but .*no dim above"),
+    ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is a text where a number belongs; write 1e-5"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "10000"}}, "rope_theta='10000' is a text"),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": "1e6"}}}, "rope_theta='1e6' is a text"),
+    ("gpt2", {"n_layer": "2"}, "n_layer='2' is a text"),
+])
+def test_numbers_that_cannot_be(tiny, tmp_path, name, changes, words):
+    folder = shutil.copytree(tiny(name).folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(HFError, match=words):
+        open_hf(folder)
+
+
+def test_a_version_that_looks_like_a_number_is_none(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0", "_name_or_path": "7"}))
+    open_hf(folder)
+
+
 def test_tensors_are_lazy_and_whole(model):
     assert set(model.tensors) == set(load_file(model.folder / WEIGHTS)) and len(model.tensors) == len(list(model.tensors))
     for name, tensor in load_file(model.folder / WEIGHTS).items():

@@ -35,7 +35,7 @@ def test_fused_qkv_goes_group_by_group():
         return torch.full((3, 5), number)
 
     q, k, v = torch.cat([head(n) for n in (0, 1, 2, 3)]), torch.cat([head(10), head(11)]), torch.cat([head(20), head(21)])
-    fused = names.fuse_qkv(config, q, k, v)
+    fused = names.whole(names.fuse_qkv(config, q, k, v))
     assert fused[::3, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     assert all(torch.equal(a, b) for a, b in zip(names.split_qkv(config, fused), (q, k, v)))
 

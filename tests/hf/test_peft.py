@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.hf.convert import in_fp32
 from engine.hf.fields import HFError
 from engine.hf.load import open_hf
-from engine.hf.peft import CONFIG, WEIGHTS, Merged, load_adapter, peft_logits, save_adapter
+from engine.hf.peft import CONFIG, WEIGHTS, Merged, load_adapter, other_base, peft_logits, save_adapter
 from engine.hf.verify import agreement, prompts, transformers_logits
 from engine.stage_sections import Lora
 
@@ -31,6 +31,11 @@ CASES = {
     "post-norms": ("olmo2", LORA),
     "experts of qwen": ("qwen3_moe", LORA),
     "experts beside dense layers": ("qwen3_moe_mixed", {**LORA, "targets": ["q_proj", "v_proj"]}),
+    "norms around zero": ("gemma2", LORA),
+    "windows and two ropes, dora": ("gemma3", {**LORA, "dora": True}),
+    "latent attention": ("deepseek_v3", {**LORA, "targets": ["o_proj"]}),
+    "sinks and biases": ("gpt_oss", {**LORA, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "beside fused layers": ("phi3", {**LORA, "targets": ["o_proj", "down_proj"]}),
     "attention beside experts, dora": ("mixtral", {**LORA, "dora": True, "targets": ["q_proj", "o_proj"]}),
 }
 
@@ -124,7 +129,7 @@ def test_a_saved_head_takes_the_place_of_the_folders(tiny, tmp_path):
     tensors["value_head.weight"] = torch.randn(1, run.model.hidden_size)
     save_adapter(run.model, run.lora, tensors, tmp_path / "adapter", "some/base")
     args = SimpleNamespace(source=tmp_path / "base", target=tmp_path / "ckpt", adapter=tmp_path / "adapter", drop_mtp=False, allow_pickle=False,
-                           no_hashes=False, no_verify=False, tolerance=1e-4)
+                           no_hashes=False, no_verify=False, tolerance=1e-4, dtype=None)
     assert "differ by at most" in conversions.from_hf(args, tmp_path / "ckpt")
     assert read_tensors(tmp_path / "ckpt")["value_head.weight"].equal(tensors["value_head.weight"])
 
@@ -134,9 +139,11 @@ def test_a_saved_head_takes_the_place_of_the_folders(tiny, tmp_path):
     ("mixtral", {**LORA, "dora": True}, "no DoRA for experts"),
     ("mixtral", {**LORA, "targets": ["up_proj"]}, "one of gate_proj and up_proj"),
     ("llama", {"rank": 0}, "has none"),
-    ("phi3", {**LORA, "targets": ["q_proj"]}, "phi3"),
+    ("phi3", {**LORA, "targets": ["q_proj", "o_proj"]}, "lora.targets names q_proj: a Hugging Face phi3 fuses"),
+    ("deepseek_v3", {**LORA, "targets": ["up_proj", "gate_proj"]}, "shared experts beside the others"),
+    ("gpt_oss", {**LORA, "targets": ["down_proj"]}, "take turns in one parameter"),
     ("qwen3_moe_mixed", LORA, "some layers are dense"),
-], ids=["gpt2", "experts dora", "half a pair", "no adapters", "fused", "experts beside dense layers"])
+], ids=["gpt2", "experts dora", "half a pair", "no adapters", "fused", "shared experts", "interleaved", "experts beside dense layers"])
 def test_what_peft_cannot_express_is_refused(tiny, name, lora, words, tmp_path):
     with pytest.raises(HFError, match=words):
         save_adapter(tiny(name).run.model, Lora(**lora), {}, tmp_path / "out", "some/base")
@@ -175,6 +182,26 @@ def test_a_foreign_folder_is_refused(tiny, spoil, words, tmp_path):
         load_adapter(tmp_path, run.model)
 
 
+def test_an_adapter_of_fused_layers_is_not_taken_for_one_of_q(tiny, tmp_path):
+    run, tensors = adapted(tiny("phi3"), {**LORA, "targets": ["o_proj"]})
+    save_adapter(run.model, run.lora, tensors, tmp_path, "some/base")
+    spoil_weights(lambda stored, name: stored.update({name.replace("o_proj", "qkv_proj"): stored.pop(name)}))(tmp_path)
+    with pytest.raises(HFError, match="qkv_proj.*q, k and v .gate and up. have an adapter each"):
+        load_adapter(tmp_path, run.model)
+
+
+@pytest.mark.parametrize("named, folder, expected", [
+    ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B", ""), ("meta-llama/Llama-3.2-1B", "Llama-3.2-3B", "meta-llama/Llama-3.2-1B"),
+    ("meta-llama/Llama-3.2-1B", "models--meta-llama--Llama-3.2-1B/snapshots/0a1b", ""), ("/elsewhere/mine", "mine", ""), (None, "mine", ""),
+])
+def test_the_base_model_is_compared_by_name(named, folder, expected, tmp_path):
+    base = tmp_path / folder
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    (tmp_path / CONFIG).write_text(json.dumps({"base_model_name_or_path": named}))
+    assert other_base(tmp_path, base) == expected
+
+
 def test_convert_carries_adapters_there_and_back(tiny, tmp_path, capsys):
     """PEFT folder + model -> checkpoint -> PEFT folder with the same tensors, and -> a merged model that needs no PEFT."""
     spec = importlib.util.spec_from_file_location("convert", ROOT / "launch" / "convert.py")
@@ -185,6 +212,7 @@ def test_convert_carries_adapters_there_and_back(tiny, tmp_path, capsys):
     adapter, ckpt, back, merged = (str(tmp_path / name) for name in ("adapter", "ckpt", "back", "merged"))
     save_adapter(run.model, run.lora, tensors, adapter, "some/base")
     assert convert.main(["from-hf", str(model.folder), ckpt, "--adapter", adapter]) == 0, capsys.readouterr().err
+    assert "says that it adapts some/base" in capsys.readouterr().err
     assert convert.main(["to-peft", ckpt, back, "--base", "some/base"]) == 0, capsys.readouterr().err
     first, second = (load_file(f"{folder}/{WEIGHTS}") for folder in (adapter, back))
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

@@ -202,12 +202,20 @@ def test_a_run_without_faults(supervised):
 
 
 def test_a_killed_rank_ends_all_and_they_start_again(supervised):
-    run = supervised("fault=1:1:7:kill", "fault=1:0:7:hang", "fault=2:0:12:3", "fault=2:1:8:stop")
+    run = supervised("fault=1:0:7:kill", "fault=1:1:7:hang", "fault=2:0:12:3", "fault=2:1:11:hang")
     assert run.wait() == OK
-    assert codes(run) == [(1, 0, -signal.SIGUSR2), (1, 1, -KILL), (2, 0, 3), (2, 1, -KILL), (3, 0, 0), (3, 1, 0)]
+    assert codes(run) == [(1, 0, -KILL), (1, 1, -signal.SIGUSR2), (2, 0, 3), (2, 1, -signal.SIGUSR2), (3, 0, 0), (3, 1, 0)]
     went_on = [line for line in (run.folder / "logs/rank_00000.out").read_text().splitlines() if "goes on" in line]
     assert went_on == [f"rank 0 of 2 goes on from {step}" for step in (0, 5, 10)]
-    assert "rank 1 was ended by SIGKILL" in run.said() and "rank 0 left with exit code 3" in run.said()
+    assert "rank 0 was ended by SIGKILL" in run.said() and "rank 0 left with exit code 3" in run.said()
+
+
+def test_a_stopped_rank_is_ended_when_another_dies(supervised):
+    run = supervised("fault=1:0:7:hang", "fault=1:1:7:stop")
+    run.until_all_wait(1)
+    run.until(lambda: any(process.status() == psutil.STATUS_STOPPED for process in left(run.folder)))
+    os.kill(run.events("launch")[0]["pids"][0], KILL)
+    assert run.wait() == OK and codes(run) == [(1, 0, -KILL), (1, 1, -KILL), (2, 0, 0), (2, 1, 0)]
 
 
 def test_a_run_that_cannot_start_is_given_up(supervised):
@@ -284,11 +292,11 @@ def test_a_terminal_that_takes_nothing_holds_nobody_up(supervised):
 
 @LINUX
 def test_what_a_rank_has_started_does_not_outlive_it(supervised):
-    run = supervised("steps=8", "fault=1:0:2:child", ranks=1)
-    started = psutil.Process(run.process.pid)
-    run.until(lambda: len(started.children(recursive=True)) == 2)
-    child = max(started.children(recursive=True), key=lambda process: process.create_time())
-    assert run.wait() == OK and not child.is_running()
+    run = supervised("fault=1:0:2:child", "fault=1:0:3:wait", ranks=1)
+    run.until_all_wait(1)
+    rank, child = psutil.Process(run.process.pid).children(recursive=True)
+    run.tell(TERM)
+    assert run.wait() == REQUEUE and not child.is_running()
 
 
 @LINUX
@@ -361,10 +369,10 @@ def ends(*runs: Supervised) -> list[int]:
 
 
 def test_nodes_start_again_together(node):
-    faults = ("fault=1:1:7:kill", "fault=1:0:7:hang", "fault=2:0:8:1", "fault=2:1:8:hang")
+    faults = ("fault=1:0:7:kill", "fault=1:1:7:hang", "fault=2:1:8:1", "fault=2:0:8:hang")
     first, second = node(0, *faults), node(1, *faults)
     assert ends(first, second) == [OK, OK]
-    assert codes(first) == [(1, 0, -signal.SIGUSR2), (2, 0, 1), (3, 0, 0)] and codes(second) == [(1, 1, -KILL), (2, 1, -signal.SIGUSR2), (3, 1, 0)]
+    assert codes(first) == [(1, 0, -KILL), (2, 0, -signal.SIGUSR2), (3, 0, 0)] and codes(second) == [(1, 1, -signal.SIGUSR2), (2, 1, 1), (3, 1, 0)]
     assert "rank 1 of 2 goes on from 5" in (second.folder / "logs/rank_00001.out").read_text()
     assert {event["port"] for event in first.events("launch")} == {event["port"] for event in second.events("launch")}
 
@@ -399,10 +407,12 @@ def test_a_node_whose_supervisor_was_killed_comes_back(node, killed):
 
 
 def test_nodes_that_do_not_fit_together(node):
-    first = node(0, options=("--join-seconds", "3"))
-    other = node(1, num_nodes=3)
+    first, other = node(0), node(1, num_nodes=3)
     assert other.process.wait(60) == ERROR and "was started with --nnodes 3, node 0 with --nnodes 2" in other.said()
-    assert ends(first) == [ERROR] and "node 1 did not come to localhost:" in first.said()
+    first.tell(TERM)
+    assert ends(first) == [REQUEUE]
+    alone = node(0, options=("--join-seconds", "0.5"))
+    assert ends(alone) == [ERROR] and "node 1 did not come to localhost:" in alone.said()
 
 
 def test_a_second_supervisor_of_a_node_takes_its_place(node, tmp_path):

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# One command on a GPU machine: what is installed, the GPU's tests, the speed table. Everything it says is kept in a folder.
+#
+#   benchmarks/gpu.sh [FOLDER [PART...]]       # FOLDER: gpu_results; PART: doctor, tests, table (all)
+#
+# PYTHON chooses the interpreter (default .venv/bin/python), TABLE further options of gpu_table.py, such as TABLE="--only gpt_1.7b,loss".
+# A part that fails does not stop the next; the exit code is 1 then. Written: doctor.json, doctor.txt, tests.txt, table.md and table.txt, and
+# revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh for a machine without a network).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-.venv/bin/python}
+folder=${1:-gpu_results}
+[ $# -gt 0 ] && shift
+parts=("$@")
+[ $# -eq 0 ] && parts=(doctor tests table)
+for part in "${parts[@]}"; do
+    case $part in doctor | tests | table) ;; *) echo "no part is called $part; there are doctor, tests and table" >&2; exit 2 ;; esac
+done
+command -v "$python" >/dev/null || { echo "there is no $python; PYTHON=... names another interpreter, docs/gpu.md says how to install" >&2; exit 2; }
+mkdir -p "$folder" || exit 2
+
+failed=()
+ran() { # NAME COMMAND...: its output on the screen and in NAME.txt
+    echo "== $1 ($(date -u +%H:%M:%S))"
+    "${@:2}" 2>&1 | tee "$folder/$1.txt" || failed+=("$1")
+}
+
+doctor() {
+    "$python" launch/doctor.py --folder "$folder" --json >"$folder/doctor.json" 2>/dev/null
+    "$python" launch/doctor.py --folder "$folder"
+}
+
+# A suite whose every test was skipped proves nothing, so it counts as failed.
+tests() {
+    "$python" -m pytest tests/gpu -m gpu -rs -p no:cacheprovider --junit-xml="$folder/tests.xml" || return 1
+    "$python" - "$folder/tests.xml" <<'END'
+import sys
+import xml.etree.ElementTree as xml
+
+suite = next(xml.parse(sys.argv[1]).iter("testsuite"))
+ran = int(suite.get("tests")) - int(suite.get("skipped"))
+sys.exit(0 if ran else "no GPU test could run here")
+END
+}
+
+table() {
+    # shellcheck disable=SC2086 (TABLE is a list of words)
+    "$python" benchmarks/gpu_table.py --output "$folder/table.md" ${TABLE:-}
+}
+
+{
+    date -u +%Y-%m-%dT%H:%M:%SZ
+    git describe --always --dirty 2>/dev/null || echo "not a git checkout"
+    nvidia-smi 2>&1 || true
+} >"$folder/revision.txt"
+for part in "${parts[@]}"; do ran "$part" "$part"; done
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}; what they said is in $folder"
+    exit 1
+fi
+echo "done: $folder"

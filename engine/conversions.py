@@ -209,7 +209,7 @@ def _foreign_tensors(checkpoint, source: Path, model):
 
 def _megatron_folder(path: Path) -> Path:
     """The folder with .metadata: `path`, or what its latest_checkpointed_iteration.txt says."""
-    from engine.mcore.checkpoint import CheckpointError, TRACKER
+    from engine.mcore.saving import TRACKER, CheckpointError
 
     if (path / ".metadata").is_file():
         return path

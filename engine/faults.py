@@ -78,8 +78,8 @@ class Switches:
         received = self.signals.received if self.signals else 0
         if not self.is_first:
             return [received, 0, 0, 0]
-        self.started = self.started or time.monotonic()  # when training begins, so that every start takes a step at least
-        is_over = 0 < self.max_seconds < time.monotonic() - self.started
+        is_over = self.started is not None and 0 < self.max_seconds < time.monotonic() - self.started
+        self.started = self.started or time.monotonic()  # when it is first asked, before a step: every start takes one at least
         return [received, int(self.save_file.exists()), int(self.stop_file.exists()), int(is_over)]
 
 

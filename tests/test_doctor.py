@@ -1,5 +1,6 @@
 """launch/doctor.py: what is there is found, what is half there is told apart from it, and its exit code says whether training can run."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ def site(tmp_path, monkeypatch):
         folder = tmp_path.joinpath(*name.split("."))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(text)
+        importlib.invalidate_caches()
 
     return package
 

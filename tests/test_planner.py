@@ -51,7 +51,7 @@ def of_parity_table(num_ranks: int):
     """One case of the parity table for each way of laying weights out; schedules, micro-batches, losses and recomputation do not change them."""
     found, like_others = {}, ("window", "moe-seq", "moe-global", "moe-bias", *(("dense",) if num_ranks == 8 else ()))      # eight are dear
     for row in parity_table.CASES:
-        if row.ranks == num_ranks and row.model not in like_others:
+        if row.ranks == num_ranks and row.model not in like_others and "mtp" not in parity_table.MODELS[row.model]:  # what the planner refuses
             found.setdefault((row.model, str(row.layout)), raw(parity_table.MODELS[row.model], row.layout, {}))
     return list(found.values())
 

@@ -338,7 +338,7 @@ def test_each_gradient_alone(column):
     *case, cotangent = entropy_case(50)
     cotangent[:, 1 - column] = 0
     for ours, theirs in zip(our_entropy(*case, cotangent, 50), plain_entropy(*case, cotangent, 50)):
-        assert same(ours, theirs, rtol=1e-6)
+        assert same(ours, theirs, rtol=2e-6)  # fp32 beside fp64; how products are summed depends on the processor
 
 
 def test_entropy_changes_no_bit_of_the_log_probability():

@@ -4,9 +4,8 @@
     folder = newest_verified(root)                     # collective: the ranks share the reading
     run = settled(run)                                 # collective: checkpoint.load and roles name the folders that are verified
 
-All ranks write into final.tmp. They tell each other what has become of it through the process group's key-value store, over a
-connection of its own, so a thread may write while the main one trains: no collective is in it. When every rank's files are on the disk rank 0
-adds the descriptions and hashes.json, renames the folder and moves the tracker; at any other moment the folder is not a checkpoint.
+All ranks write into final.tmp. They tell each other what has become of it through a key-value store of their own, so a thread may write
+while the main one trains: no collective is in it. When every rank's files are on the disk rank 0 adds the descriptions and hashes.json, renames the folder and moves the tracker; at any other moment the folder is not a checkpoint.
 Left out: what is in a checkpoint (checkpoint.py), and saves one after another, in the background (saving_run.py).
 """
 
@@ -15,6 +14,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class Save:
         self.final, self.temporary = final, final.with_name(f"{final.name}.tmp")
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.plan = saving_plan.divide(parts, next(_serials))
-        store = dist.distributed_c10d._get_default_store().clone()  # of its own: another thread may be waiting on the first
+        store = _channel().clone()  # a connection of its own: another thread may be waiting on another one
         self._store = dist.PrefixStore(f"trireme/save/{self.plan.serial}", store)
         self._store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
 
@@ -115,6 +115,32 @@ class Save:
         found = self._hear(key)
         self._store.delete_key(key)
         return found
+
+
+_opened: tuple = (None, None)  # the process group, and its channel
+
+
+def _channel() -> dist.Store:
+    """Where the ranks of the process group tell each other about saves. Collective. Not the group's own store: under torchrun that ends with
+    the launcher, and when a launcher dies the ranks save."""
+    global _opened
+    group = dist.distributed_c10d._get_default_group()
+    if _opened[0] is not group:
+        _opened = group, _open_channel()
+    return _opened[1]
+
+
+def _open_channel() -> dist.Store:
+    if dist.get_world_size() == 1:
+        return dist.HashStore()
+    place, store = [None], None
+    if dist.get_rank() == 0:
+        host = os.environ.get("MASTER_ADDR") or "127.0.0.1"  # rank 0's machine, by every launcher's convention
+        listening = socket.create_server((host, 0))
+        place = [(host, listening.getsockname()[1])]
+        store = dist.TCPStore(*place[0], is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    dist.broadcast_object_list(place, src=0)
+    return store or dist.TCPStore(*place[0], is_master=False, wait_for_workers=False)
 
 
 def free_bytes(folder: Path) -> int:

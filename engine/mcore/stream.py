@@ -34,6 +34,7 @@ from engine.foreign import inside
 from engine.mapped import bytes_of, mapped, write_all
 from engine.rows import Rows, pieces, shape_of, whole
 
+_no_checksums = threading.Lock()
 QUEUE = 2  # tensors that wait for a writer: enough to keep it busy, little to keep in memory
 
 
@@ -77,8 +78,6 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
     A tensor may come in pieces (rows.py), which are joined only where it goes to several places. Raises ValueError naming
     each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
     """
-    checked = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # a third of the time; whole files are hashed where that is wanted
     waiting: queue.Queue = queue.Queue(QUEUE)
     writers = [_Writer(folder / f"__0_{i}.distcp", waiting, written) for i in range(num_threads)]
     problems, missing, stored = [], dict(where), {}
@@ -110,7 +109,6 @@ def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tupl
             _put(waiting, None, writers)
         for writer in writers:
             writer.join()
-        torch.serialization.set_crc32_options(checked)
     for writer in writers:
         if writer.error is not None:
             raise writer.error
@@ -162,10 +160,16 @@ class _Writer(threading.Thread):
 
 @functools.lru_cache(256)
 def around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the numbers of a tensor of this shape, while it makes no checksums of them."""
+    """What torch.save writes before and after the numbers of a tensor of this shape, with no checksum of them: whole files are hashed."""
     empty = torch.empty(shape, dtype=dtype)  # of memory that nobody touches
     file = _Around(empty)
-    torch.save(empty, file)
+    with _no_checksums:  # the setting is the process's, and several threads write
+        checked = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(empty, file)
+        finally:
+            torch.serialization.set_crc32_options(checked)
     return bytes(file.before), bytes(file.after)
 
 

@@ -63,8 +63,8 @@ def test_what_transformers_does_not_load_is_told_without_a_traceback(tiny, tmp_p
     folder = tmp_path / "model"
     shutil.copytree(tiny("llama").folder, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "1e-5"}))  # as YAML's readers leave it
-    with pytest.raises(HFError, match=r"transformers does not load .*model.*rms_norm_eps"):
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "no_such_function"}))
+    with pytest.raises(HFError, match=r"transformers does not load .*model.*no_such_function"):
         transformers_network(folder)
 
 

@@ -192,7 +192,7 @@ GPT2 = dict(architectures=["GPT2LMHeadModel"], vocab_size=9, n_embd=8, n_layer=1
     (LLAMA | dict(architectures=["LlamaForTokenClassification"]), "known: LlamaForCausalLM.*ForSequenceClassification"),
     (LLAMA | dict(quantization_config={"bits": 4}), "quantization_config"),
     (LLAMA | dict(hidden_size=None, vocab_size=None), "lacks vocab_size, hidden_size"),
-    (LLAMA | dict(hidden_size="8"), "hidden_size='8' is not a number"),
+    (LLAMA | dict(hidden_size="8"), "hidden_size='8' is a text where a number belongs"),
     (LLAMA | dict(num_hidden_layers=-1), "num_layers=-1"),
     (LLAMA | dict(num_attention_heads=3), "3 heads do not divide the hidden size 8"),
     (LLAMA | dict(num_key_value_heads=3), "3 key/value heads do not divide 2"),

@@ -76,6 +76,12 @@ class Parallel(Section):
     """Overlap tensor-parallel communication with matrix products (te backend)."""
     overlap_p2p: bool = True
     """Overlap pipeline sends with compute (interleaved schedule)."""
+    nvls: bool = False
+    """NCCL may reduce inside NVLink's switch, which takes buffers on every GPU (NCCL_NVLS_ENABLE)."""
+    p2p_chunk_kib: int = Field(2048, ge=0)
+    """Pieces in which NCCL sends from pp rank to pp rank over a network (NCCL_P2P_NET_CHUNKSIZE); 0 leaves it to NCCL."""
+    norm_sm_margin: int = Field(16, ge=0, le=64)
+    """SMs that te's norms leave to the collectives of overlap_grad_reduce and overlap_param_gather beside them."""
 
     @property
     def expert_tp(self) -> int:

@@ -324,26 +324,6 @@ def test_moments_are_made_once_and_torchs_adam_is_left_alone():
     assert lazy.state[weight]["exp_avg"] is made and not eager.state
 
 
-@pytest.mark.parametrize("change, variable, value", [
-    ({"parallel": {"tp": 2, "sequence_parallel": True}}, "CUDA_DEVICE_MAX_CONNECTIONS", "1"),
-    ({"run": {"deterministic": True}}, "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"),
-    ({"run": {"deterministic": True}}, "CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    ({"train": {"fp8": {"recipe": "delayed"}}}, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"),
-])
-def test_the_environment_says_what_a_switch_needs_and_gives_way_to_the_users(monkeypatch, change, variable, value):
-    from engine.mcore import topology
-
-    environment = {}
-    monkeypatch.setattr(topology.os, "environ", environment)
-    topology._environment(te_run())
-    assert variable not in environment
-    topology._environment(te_run(change))
-    assert environment[variable] == value
-    environment[variable] = "mine"
-    topology._environment(te_run(change))
-    assert environment[variable] == "mine"
-
-
 def test_a_cpu_run_is_refused_where_megatron_has_taken_te(monkeypatch):
     from engine.mcore import topology
 

@@ -66,6 +66,8 @@ ROWS = [
              "at least 432 TFLOP/s; at least 1.05x compiled torch"),
     training("fp8_2048", dict(hidden=2048, layers=24, heads=16, ffn=8192, vocab=32768, seq=4096, batch=2), recipes(), "tensorwise at least 1.10x our bf16"),
     training("fp8_4096", dict(hidden=4096, layers=8, heads=32, ffn=14336, vocab=32768, seq=4096, batch=2), recipes(), "tensorwise at least 1.20x our bf16"),
+    training("small", dict(hidden=1024, layers=24, heads=16, ffn=2816, vocab=32768, seq=1024, batch=1),
+             {"ours, CUDA graphs": ("ours", {"train": {"cuda_graphs": True}}), "ours": ("ours", BF16)}, "CUDA graphs at least 1.2x without"),
     Row("loss", dict(hidden=4096, vocab=131072, seq=8192, batch=1), {"ours": ("our_loss", {}), "F.linear, F.cross_entropy": ("plain_loss", {})},
         "peak memory at most 0.25x, time at most 1.05x", "memory", tiny=TINY),
     *(Row(f"moe_{experts}", {**MOE, "experts": experts, "top_k": top_k},

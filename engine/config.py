@@ -217,6 +217,8 @@ class Train(Section):
     """Recompute nothing, core attention, or whole layers in the backward pass."""
     compile: bool = False
     """torch.compile every layer."""
+    cuda_graphs: bool = False
+    """Record the kernels of each layer in the first step and replay them (te backend, one shape, no pipeline): for small models."""
     eval_every: int = Field(0, ge=0)
     """Steps between validations; 0 validates only at the end."""
     stop_when: StopWhen = StopWhen()

@@ -28,6 +28,8 @@ def wanted(run) -> dict[str, str]:
     if (p.overlap_grad_reduce or p.overlap_param_gather) and p.norm_sm_margin:
         # Its norms wait until every SM is theirs, and with them all that follows waits for the collective beside them.
         found |= {f"NVTE_{way}_LAYERNORM_SM_MARGIN": str(p.norm_sm_margin) for way in ("FWD", "BWD")}
+    if run.train.cuda_graphs:
+        found["NCCL_GRAPH_REGISTER"] = "0"  # megatron asks for it beside expandable segments, where buffers that NCCL registered may move
     if run.train.fp8.recipe == "delayed":
         # Without it Transformer Engine refuses the scales in a checkpoint, which it pickles; it is given none but those that safe_load.py pickled.
         found["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"

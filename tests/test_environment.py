@@ -23,6 +23,7 @@ def run_of(**sections):
     ({"parallel": {"pp": 2, "p2p_chunk_kib": 512}}, "NCCL_P2P_NET_CHUNKSIZE", "524288", None),
     ({"parallel": {"overlap_grad_reduce": True}}, "NVTE_FWD_LAYERNORM_SM_MARGIN", "16", None),
     ({"parallel": {"overlap_grad_reduce": True, "norm_sm_margin": 8}}, "NVTE_BWD_LAYERNORM_SM_MARGIN", "8", None),
+    ({"train": {"cuda_graphs": True}}, "NCCL_GRAPH_REGISTER", "0", None),
     ({"train": {"fp8": {"recipe": "delayed"}}}, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1", None),
     ({"run": {"dir": "unused", "deterministic": True}}, "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0", None),
     ({"run": {"dir": "unused", "deterministic": True}}, "CUBLAS_WORKSPACE_CONFIG", ":4096:8", None),

@@ -175,6 +175,7 @@ def _seed(run, topology: Topology) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    # A graph takes generators themselves; outside graphs megatron keeps their states, which are what a checkpoint holds.
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=run.train.cuda_graphs and topology.device == "cuda", force_reset_rng=True)
     if run.run.deterministic:
         torch.use_deterministic_algorithms(True)

@@ -16,12 +16,12 @@ LR = 1e-4
 BF16 = "bf16"
 
 
-def text(sizes: dict, i: int):
-    """Tokens [batch, seq + 1] of step i, on the device."""
+def text(sizes: dict, i: int, device: str = ""):
+    """Tokens [batch, seq + 1] of step i, on the device (or another)."""
     import torch
 
     generator = torch.Generator().manual_seed(i)
-    return torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["seq"] + 1), generator=generator).to(sizes["device"])
+    return torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["seq"] + 1), generator=generator).to(device or sizes["device"])
 
 
 def run_of(sizes: dict, **sections):
@@ -29,7 +29,8 @@ def run_of(sizes: dict, **sections):
     from engine.config import validate
 
     model = {"family": "llama", "num_layers": sizes["layers"], "hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"],
-             "num_attention_heads": sizes["heads"], "num_query_groups": sizes.get("groups", 0), "vocab_size": sizes["vocab"], **sizes.get("model", {})}
+             "num_attention_heads": sizes["heads"], "num_query_groups": sizes.get("groups", 0), "vocab_size": sizes["vocab"],
+             "tie_embeddings": sizes.get("tied", False), **sizes.get("model", {})}
     raw = {"run": {"dir": "unused", "device": sizes["device"]}, "model": model, "data": {"train": ["unused"]},
            "train": {"seq_len": sizes["seq"], "micro_batch": sizes["batch"], "global_batch": sizes["batch"], "steps": 1, "precision": BF16},
            "parallel": {"zero1": True}}
@@ -61,18 +62,19 @@ def ours(sizes: dict, **sections):
     run = run_of(sizes, **sections)
     model = network(run)
 
+    loss_mask, positions = torch.ones(sizes["batch"], sizes["seq"]), torch.arange(sizes["seq"]).expand(sizes["batch"], -1)
+
     def step(i):
-        tokens = text(sizes, i)
-        batch = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=torch.ones(tokens[:, 1:].shape, device=tokens.device),
-                     position_ids=torch.arange(sizes["seq"], device=tokens.device).expand_as(tokens[:, 1:]))
-        model.forward_backward([batch])
+        tokens = text(sizes, i, "cpu")  # as a loader hands it over: what is asked of a batch is asked on the host
+        model.forward_backward([dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=loss_mask, position_ids=positions)])
         model.step(LR)
 
     return step, metrics.step_flops(run.model, sizes["seq"], sizes["batch"])
 
 
 def megatron(sizes: dict):
-    """megatron-core as Megatron-LM sets it up: its own layer spec (Transformer Engine's on a GPU), DDP, distributed optimizer, fused loss."""
+    """megatron-core as Megatron-LM sets it up: its own layer spec (Transformer Engine's on a GPU), DDP, distributed optimizer, fused loss. Where
+    Megatron-LM has apex the output layer's weight gradient is added in its product too; here it is added afterwards, as ours is."""
     import engine.mcore  # noqa: F401 (prepares megatron's import on a machine without a GPU)
     import torch
     import torch.distributed as dist
@@ -82,7 +84,7 @@ def megatron(sizes: dict):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel import layers, model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
     from engine import metrics
@@ -100,7 +102,9 @@ def megatron(sizes: dict):
         bias_activation_fusion=on_gpu, apply_rope_fusion=on_gpu, masked_softmax_fusion=False, persist_layer_norm=on_gpu,
         gradient_accumulation_fusion=on_gpu, cross_entropy_loss_fusion=on_gpu, cross_entropy_fusion_impl="te" if on_gpu else "native")
     spec = get_gpt_layer_with_transformer_engine_spec() if on_gpu else get_gpt_layer_local_spec(normalization="RMSNorm")
+    layers._grad_accum_fusion_available = on_gpu  # the output layer would ask for apex when it is built; see spec_te.py
     bare = GPTModel(config, spec, sizes["vocab"], sizes["seq"], position_embedding_type="rope", share_embeddings_and_output_weights=False)
+    bare.output_layer.gradient_accumulation_fusion = False
     bare = bare.to(sizes["device"])
     from megatron.core.transformer.module import Float16Module
 
@@ -169,6 +173,8 @@ def torch_llama(sizes: dict, fp8: bool = False, compile: bool = True):
 
     with torch.device(sizes["device"]):
         model = Network().bfloat16()
+        if sizes.get("tied"):
+            model.head.weight = model.embedding.weight
         angles = torch.outer(torch.arange(sizes["seq"]).float(), 10000.0 ** (-torch.arange(0, size, 2).float() / size)).repeat(1, 2)
         turns = angles.cos().bfloat16(), angles.sin().bfloat16()
     if fp8:

@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh [FOLDER [PART...]]       # FOLDER: gpu_results; PART: doctor, tests, table (all)
 #
 # PYTHON chooses the interpreter (default .venv/bin/python), TABLE further options of gpu_table.py, such as TABLE="--only gpt_1.7b,loss".
-# A part that fails does not stop the next; the exit code is 1 then. Written: doctor.json, doctor.txt, tests.txt, table.md and table.txt, and
+# A part that fails does not stop the next; the exit code is 1 then. Written: doctor.json, doctor.txt, tests.txt, tests.xml, table.md, table.txt, and
 # revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh for a machine without a network).
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -118,7 +118,7 @@ END
     mapfile -t found < <(ls "$wheels"/*.whl | { [ $with_te = yes ] && cat || grep -v '/transformer_engine'; })
     "${pip[@]}" --ignore-installed "${found[@]}"
     [ $with_te = yes ] && te_torch "$python" "${pip[@]}"
-    "$python" setup.py -q build_ext --inplace
+    "${pip[@]}" --no-build-isolation -e .
     "$python" launch/doctor.py --folder "$folder" || true # it says what is still missing; benchmarks/gpu.sh counts it
 }
 

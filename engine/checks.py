@@ -19,7 +19,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope, _mtp,
               _sequence_parallel, _overlap, _backend, _torch_only,
-              _fp8, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
+              _fp8, _cuda_graphs, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
@@ -374,6 +374,34 @@ def _fp8(run):
         yield "train.fp8.params=true, but parameters of train.fp8.recipe=mxfp8 cannot share the buffer that is gathered; set params=false"
     elif train.fp8.params and train.fp8.recipe != "none" and not run.parallel.zero1:
         yield "train.fp8.params keeps master weights in the optimizer of parallel.zero1; set zero1=true"
+
+
+def _cuda_graphs(run):
+    """A graph holds the kernels of one step of one shape: whatever could differ from step to step, or is not known to be recorded whole, is refused."""
+    train, p, model = run.train, run.parallel, run.model
+    if not train.cuda_graphs:
+        return
+    fixed = ("pretrain", "continued", "anneal")
+    reasons = {
+        f"stage={run.stage} has batches of several shapes, or several networks; it works with {', '.join(fixed)}": run.stage not in fixed,
+        "train.backend=torch; graphs are recorded of Transformer Engine's layers": train.backend == "torch",
+        "run.device=cpu": run.run.device == "cpu",
+        f"parallel.pp({p.pp}): recording through a pipeline is not offered": p.pp > 1,
+        f"parallel.cp({p.cp}): its attention runs on several streams": p.cp > 1,
+        "parallel.tp_comm_overlap, which runs on streams of its own": p.tp_comm_overlap,
+        f"model.moe.num_experts({model.moe.num_experts}): how many tokens an expert gets differs from step to step": model.moe.num_experts > 0,
+        "data.reset_at_eod: every batch has other documents": run.data.reset_at_eod,
+        f"train.recompute={train.recompute}": train.recompute != "none",
+        "train.compile": train.compile,
+        f"model.hidden_dropout({model.hidden_dropout:g}): validation would replay it": model.hidden_dropout > 0,
+        f"model.attention_dropout({model.attention_dropout:g}): validation would replay it": model.attention_dropout > 0,
+        f"lora.rank({run.lora.rank}), whose layers are torch's": run.lora.rank > 0,
+        f"model.mtp.loss_weight({model.mtp.loss_weight:g}), whose layers run once more": model.mtp.num_layers > 0 and model.mtp.loss_weight > 0,
+    }
+    for reason in (reason for reason, is_so in reasons.items() if is_so):
+        yield f"train.cuda_graphs does not go with {reason}; change that, or set train.cuda_graphs=false"
+    for name in torch_only.reasons(model):
+        yield f"train.cuda_graphs needs Transformer Engine, which has no {name} here; set it to false"
 
 
 def _fp8_sizes(run):

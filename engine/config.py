@@ -76,6 +76,12 @@ class Parallel(Section):
     """Overlap tensor-parallel communication with matrix products (te backend)."""
     overlap_p2p: bool = True
     """Overlap pipeline sends with compute (interleaved schedule)."""
+    nvls: bool = False
+    """NCCL may reduce inside NVLink's switch, which takes buffers on every GPU (NCCL_NVLS_ENABLE)."""
+    p2p_chunk_kib: int = Field(2048, ge=0)
+    """Pieces in which NCCL sends from pp rank to pp rank over a network (NCCL_P2P_NET_CHUNKSIZE); 0 leaves it to NCCL."""
+    norm_sm_margin: int = Field(16, ge=0, le=64)
+    """SMs that te's norms leave to the collectives of overlap_grad_reduce and overlap_param_gather beside them."""
 
     @property
     def expert_tp(self) -> int:
@@ -211,6 +217,8 @@ class Train(Section):
     """Recompute nothing, core attention, or whole layers in the backward pass."""
     compile: bool = False
     """torch.compile every layer."""
+    cuda_graphs: bool = False
+    """Record the kernels of each layer in the first step and replay them (te backend, one shape, no pipeline): for small models."""
     eval_every: int = Field(0, ge=0)
     """Steps between validations; 0 validates only at the end."""
     stop_when: StopWhen = StopWhen()

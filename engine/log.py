@@ -32,6 +32,7 @@ from pathlib import Path
 
 import orjson
 
+from engine import environment
 from engine.config import ConfigError, RunConfig, dump_config
 from engine.slurm import tasks
 
@@ -59,8 +60,8 @@ class RunLog:
         if not self.is_writer:
             return
         _write_whole(self.dir / "config.yaml", dump_config(run).encode())
-        environment = {**_environment(), "world_size": world_size, "dp_size": dp_size, "slurm": tasks.described()}
-        _write_whole(self.dir / "env.json", orjson.dumps(environment, option=orjson.OPT_INDENT_2))
+        around = {**_environment(), "world_size": world_size, "dp_size": dp_size, "slurm": tasks.described()}
+        _write_whole(self.dir / "env.json", orjson.dumps(around, option=orjson.OPT_INDENT_2))
         self._write_status("running", "")
         if run.log.progress == "bar" or (run.log.progress == "auto" and sys.stdout.isatty()):
             self._bar = _Bar(run)
@@ -328,6 +329,7 @@ def _environment() -> dict:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "git_commit": _git_commit(),
         "device": _device(),
+        "environment": environment.in_effect(),
     }
 
 

@@ -50,6 +50,24 @@ def problems(load):
 
 # One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
 VALID = ["data.valid.held_out=[there]", "train.eval_samples=8", "train.eval_every=5", "train.stop_when.metric=valid_loss"]
+GRAPHS = [
+    (["parallel.pp=2"], "parallel.pp(2): recording through a pipeline is not offered"),
+    (["parallel.cp=2"], "parallel.cp(2): its attention runs on several streams"),
+    (["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], "parallel.tp_comm_overlap, which runs on streams of its own"),
+    (["data.reset_at_eod=true", "data.eod_id=3"], "data.reset_at_eod: every batch has other documents"),
+    (["train.recompute=selective"], "train.recompute=selective"),
+    (["train.compile=true"], "train.compile"),
+    (["train.backend=torch"], "train.backend=torch; graphs are recorded of Transformer Engine's layers"),
+    (["run.device=cpu"], "run.device=cpu"),
+    (["model.hidden_dropout=0.1"], "model.hidden_dropout(0.1): validation would replay it"),
+    (["model.attention_dropout=0.1"], "model.attention_dropout(0.1): validation would replay it"),
+    (["lora.rank=8"], "lora.rank(8), whose layers are torch's"),
+    (["model.mtp={num_layers: 1}"], "model.mtp.loss_weight(0.3), whose layers run once more"),
+    (MOE, "model.moe.num_experts(8): how many tokens an expert gets differs from step to step"),
+    (["stage=long_context", "checkpoint.load=x", "data.valid.v=[x]", "train.eval_samples=4",
+      "long_context.ladder=[{seq_len: 128, tokens: 9, global_batch: 2}]"],
+     "stage=long_context has batches of several shapes, or several networks; it works with pretrain, continued, anneal"),
+]
 FIM = ["data.fim={rate: 0.5, prefix_id: 4, middle_id: 5, suffix_id: 6}"]
 REFUSALS = [
     (VALID, None, "train.stop_when.metric=valid_loss has no limit; give at_most or at_least"),
@@ -157,6 +175,10 @@ REFUSALS = [
     (["parallel.tp_comm_overlap=true", "train.backend=torch"], None, "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"),
     (["parallel.tp_comm_overlap=true"], None,
      "parallel.tp_comm_overlap overlaps the communication of sequence parallel; set parallel.sequence_parallel=true"),
+    *((["train.cuda_graphs=true", *overrides], None, f"train.cuda_graphs does not go with {reason}; change that, or set train.cuda_graphs=false")
+      for overrides, reason in GRAPHS),
+    (["train.cuda_graphs=true", "model.attention_sinks=true"], None,
+     "train.cuda_graphs needs Transformer Engine, which has no model.attention_sinks=true here; set it to false"),
     (["train.fp8.params=true"], None, "train.fp8.params keeps parameters in FP8, but train.fp8.recipe is none; choose a recipe"),
     (["train.fp8.recipe=delayed", "train.backend=torch"], None,
      "train.fp8.recipe=delayed needs Transformer Engine, but train.backend=torch; set train.backend=te"),
@@ -232,6 +254,9 @@ REFUSALS = [
     (["stage=long_context", "checkpoint.load=x", "data.valid.v=[x]", "train.eval_samples=4", "train.global_batch=2",
       "long_context.ladder=[{seq_len: 128, tokens: 9, global_batch: 3}]"], 2,
      "long_context.ladder.0: train.global_batch(3) is not divisible by micro_batch(1) * dp(2) = 2; legal global_batch: multiples of 2"),
+    (["faults.spike=rollback"], None,
+     "faults.spike=rollback goes back to a checkpoint, but checkpoint.save_every is 0; set it, or faults.spike=skip"),
+    (["profile.first_step=2", "profile.ranks=[4]"], 2, "profile.ranks names rank 4, but the 2 ranks of this run are numbered from 0 to 1"),
     (["parallel.tp=4"], 2, "tp(4) * pp(1) * cp(1) = 4 does not divide the world size 2; start 4 ranks or a multiple (torchrun --nproc-per-node)"),
     (["parallel.pp=4"], 6, "tp(1) * pp(4) * cp(1) = 4 does not divide the world size 6; start a multiple of 4 ranks, "
                            "or choose a product among 1, 2, 3, 6"),

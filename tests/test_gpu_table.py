@@ -32,3 +32,20 @@ def test_a_row_is_told_by_medians_and_a_missing_library_by_name():
 def test_an_unknown_row_is_refused():
     done = subprocess.run([sys.executable, "benchmarks/gpu_table.py", "--only", "gpt"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no row is called gpt; there are gemm, gpt_1.7b" in done.stderr
+
+
+def test_a_contestant_that_fails_is_told_and_counted(monkeypatch, capsys):
+    row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {})}, "at least 2x")
+    monkeypatch.setattr(gpu_table, "ROWS", [row])
+    monkeypatch.setattr(gpu_table, "machine", lambda device: "a machine")
+    monkeypatch.setattr(gpu_table, "measured", lambda row, arguments: {"ours": {"failed": "OutOfMemoryError"}, "theirs": {"missing": "no library"}})
+    monkeypatch.setattr(sys, "argv", ["gpu_table.py", "--only", "work"])
+    assert gpu_table.main() == 1
+    said = capsys.readouterr()
+    assert said.err == "failed: work: ours\n" and "| work | ours | OutOfMemoryError |" in said.out and "| work | theirs | no library |" in said.out
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_table, "machine", lambda device: "")
+    monkeypatch.setattr(sys, "argv", ["gpu_table.py"])
+    assert gpu_table.main() == 1 and "sees no GPU" in capsys.readouterr().err

@@ -15,7 +15,7 @@ ENGINES = {"megatron", "transformer_engine", "apex"}
 # Who may import whom inside the project; a name stands for everything below it. The open ones are for all of engine.
 OPEN = {"engine.config", "engine.section", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
         "engine.sampling", "engine.foreign", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.mapped",
-        "engine.rows", "engine.profiling", "engine.stage", "engine.log", "engine.signals"}
+        "engine.rows", "engine.profiling", "engine.environment", "engine.stage", "engine.log", "engine.signals"}
 MAY_IMPORT = {
     "engine.config": {"engine.checks", "engine.models", "engine.launch_sections"},
     "engine.checks": {"engine.stages"},
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "engine.adapters": set(),
     "engine.rope": set(),
     "engine.torch_only": set(),
+    "engine.environment": set(),
     "engine.hashes": set(),
     "engine.mapped": set(),
     "engine.rows": set(),

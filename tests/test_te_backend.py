@@ -119,6 +119,37 @@ def test_each_recipe_in_megatrons_terms(with_te, recipe):
     assert config.gradient_accumulation_fusion and config.apply_rope_fusion and config.moe_grouped_gemm and not config.use_te_activation_func
 
 
+def test_cuda_graphs_record_whole_layers_of_a_network_that_learns(with_te):
+    run = validate(merged(parity_table.config("dense", {}, {}, 1).model_dump(), TE, {"train": {"cuda_graphs": True}, "data": {"reset_at_eod": False}}))
+    config = build.transformer_config(run, "cuda")
+    assert (config.cuda_graph_impl, config.cuda_graph_scope) == ("local", [])
+    assert build.transformer_config(te_run(), "cuda").cuda_graph_impl == "none"
+    assert build.transformer_config(build.for_role(run, False, "tokens"), "cuda").cuda_graph_impl == "none"
+    assert build.transformer_config(build.one_rank(run), "cpu").cuda_graph_impl == "none"
+    with pytest.raises(ValueError, match="train.cuda_graphs needs Transformer Engine, but there is no GPU"):
+        build.transformer_config(run.model_copy(update={"train": run.train.model_copy(update={"backend": "auto"})}), "cpu")
+
+
+def test_a_checkpoint_holds_the_states_of_generators(monkeypatch):
+    """What megatron tracks for graphs are generators, which no checkpoint may hold; they come back as generators."""
+    from megatron.core import tensor_parallel
+
+    from engine.mcore import checkpoint, topology
+
+    topology.start_single()
+    generator = torch.Generator().manual_seed(5)
+    kept = {}
+    tracker = SimpleNamespace(use_cudagraphable_rng=True, get_states=lambda: {"mine": generator}, set_states=kept.update)
+    monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
+    place = SimpleNamespace(device="cpu", pp_rank=0, pp=1, tp_rank=0, tp=1)
+    state = checkpoint._random_state(place).data
+    assert torch.equal(state["tracker"]["mine"], generator.get_state())
+    asked = []
+    monkeypatch.setattr("megatron.core.tensor_parallel.random.convert_cuda_rng_state", lambda state, to_graphable: asked.append(to_graphable) or generator)
+    checkpoint._restore_random(state, "cpu")
+    assert kept == {"mine": generator} and asked == [True]
+
+
 def test_without_fp8_megatron_hears_of_none(with_te):
     config = build.transformer_config(te_run(), "cuda")
     assert config.fp8 is None and not config.fp8_param and config.init_method is build._leave
@@ -322,26 +353,6 @@ def test_moments_are_made_once_and_torchs_adam_is_left_alone():
     optim_state._make_moments(lazy)
     optim_state._make_moments(eager)
     assert lazy.state[weight]["exp_avg"] is made and not eager.state
-
-
-@pytest.mark.parametrize("change, variable, value", [
-    ({"parallel": {"tp": 2, "sequence_parallel": True}}, "CUDA_DEVICE_MAX_CONNECTIONS", "1"),
-    ({"run": {"deterministic": True}}, "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"),
-    ({"run": {"deterministic": True}}, "CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    ({"train": {"fp8": {"recipe": "delayed"}}}, "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"),
-])
-def test_the_environment_says_what_a_switch_needs_and_gives_way_to_the_users(monkeypatch, change, variable, value):
-    from engine.mcore import topology
-
-    environment = {}
-    monkeypatch.setattr(topology.os, "environ", environment)
-    topology._environment(te_run())
-    assert variable not in environment
-    topology._environment(te_run(change))
-    assert environment[variable] == value
-    environment[variable] = "mine"
-    topology._environment(te_run(change))
-    assert environment[variable] == "mine"
 
 
 def test_a_cpu_run_is_refused_where_megatron_has_taken_te(monkeypatch):

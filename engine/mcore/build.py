@@ -50,6 +50,8 @@ def backend_of(run, device: str) -> str:
     problem = "there is no GPU" if device == "cpu" else te_problem
     if run.train.backend == "te" and problem:
         raise ValueError(f"train.backend=te, but {problem}; set train.backend=torch, or install Transformer Engine (docs/gpu.md)")
+    if run.train.cuda_graphs and problem:
+        raise ValueError(f"train.cuda_graphs needs Transformer Engine, but {problem}; set it to false")
     if run.train.fp8.recipe != "none" and problem:
         raise ValueError(f"train.fp8.recipe={run.train.fp8.recipe} needs Transformer Engine, but {problem}; set it to none")
     if run.parallel.tp_comm_overlap and problem:
@@ -123,6 +125,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         gradient_accumulation_fusion=on_te,
         use_te_activation_func=not on_te and model.activation == "swiglu",  # ops_torch.SwiGLU
         tp_comm_overlap=p.tp_comm_overlap,
+        **(dict(cuda_graph_impl="local", cuda_graph_scope=[]) if train.cuda_graphs and on_te else {}),  # [] is the whole layer
         **_recompute(train),
         **_experts(run, on_te),
         **_fp8(train.fp8),
@@ -391,6 +394,7 @@ def for_role(run, train: bool, head: str, adapters_of=None):
     if not train and run.lora.rank:
         update["train"] = run.train.model_copy(update={"backend": "torch"})  # the backend of the adapted role: they are compared
     if not train:
+        update["train"] = update.get("train", run.train).model_copy(update={"cuda_graphs": False})
         update["lora"] = adapters_of or type(run.lora)()
     return run.model_copy(update=update) if update else run
 
@@ -505,7 +509,7 @@ def one_rank(run):
     return run.model_copy(update={
         "parallel": Parallel(),
         "run": run.run.model_copy(update={"device": "cpu"}),
-        "train": run.train.model_copy(update={"precision": "fp32", "backend": "torch", "compile": False, "recompute": "none",
+        "train": run.train.model_copy(update={"precision": "fp32", "backend": "torch", "compile": False, "cuda_graphs": False, "recompute": "none",
                                               "fp8": type(run.train.fp8)()}),
     })
 

@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -206,8 +207,10 @@ def _metadata() -> dict:
 def _random_state(topology) -> ShardedObject:
     """torch's and megatron's generators; dp ranks share theirs, tp and pp ranks each have their own."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
-    state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    tracked = get_cuda_rng_tracker().get_states()  # with train.cuda_graphs generators, else their states
+    state = {"torch": torch.get_rng_state(), "tracker": {name: convert_cuda_rng_state(kept) for name, kept in tracked.items()}}
     if topology.device == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
     where = (topology.pp_rank, topology.tp_rank)
@@ -216,13 +219,16 @@ def _random_state(topology) -> ShardedObject:
 
 def _restore_random(state, device: str) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
     if ("cuda" in state) != (device == "cuda"):
         return  # the generators of a CPU and of a GPU have different states; the run goes on with those of its seed
     torch.set_rng_state(state["torch"])
     if device == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = get_cuda_rng_tracker()
+    as_kept = partial(convert_cuda_rng_state, to_graphable=getattr(tracker, "use_cudagraphable_rng", False))
+    tracker.set_states({name: as_kept(kept) for name, kept in state["tracker"].items()})
 
 
 def _same_layout(one: RunConfig, other: RunConfig) -> bool:

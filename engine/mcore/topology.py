@@ -19,6 +19,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from engine import environment
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -61,8 +63,9 @@ def start(run) -> Topology:
 
     Raises ValueError when the rendezvous fails, naming the address (a port in use, a missing rank).
     """
+    if run.run.device != "cpu":
+        environment.apply(run)  # before torch looks for a GPU
     device = device_of(run)
-    _environment(run)
     if device == "cpu":
         from engine.mcore import cpu
 
@@ -111,21 +114,6 @@ def stop() -> None:
     RotaryEmbedding.forward.cache_clear()
     get_moe_layer_wise_logging_tracker().clear()
     gc.collect()
-
-
-def _environment(run) -> None:
-    """What CUDA, NCCL and Transformer Engine read when they start. A value that is set already stays."""
-    p = run.parallel
-    if p.tp > 1 or p.cp > 1:
-        # One queue to the device: communication then starts before the product that is to hide it. GPUs before Blackwell need it.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if run.train.fp8.recipe == "delayed":
-        # Without it Transformer Engine refuses the scales in a checkpoint, which it pickles; it is given none but those that safe_load.py pickled.
-        os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
-    if run.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums in the switch come in no fixed order
 
 
 def _join(run, device: str) -> None:
@@ -187,6 +175,7 @@ def _seed(run, topology: Topology) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    # A graph takes generators themselves; outside graphs megatron keeps their states, which are what a checkpoint holds.
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=run.train.cuda_graphs and topology.device == "cuda", force_reset_rng=True)
     if run.run.deterministic:
         torch.use_deterministic_algorithms(True)

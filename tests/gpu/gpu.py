@@ -43,17 +43,19 @@ def has_te() -> bool:
 
 
 def train(raw: dict, *changes: dict, num_ranks: int = 1, device: str = "cuda") -> list[dict]:
-    """Run launch/pretrain.py on `num_ranks` GPUs (or one CPU rank). The training lines of metrics.jsonl so far."""
+    """Run launch/pretrain.py, or align.py, on `num_ranks` GPUs (or one CPU rank). The training lines of metrics.jsonl so far."""
     from engine.config import dump_config, validate
     from engine.log import read_metrics
+    from engine.stages import ALIGN
 
     run = validate(merged(raw, *changes, {"run": {"device": device}}), num_ranks)
     folder = Path(run.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "asked.yaml"
     config.write_text(dump_config(run))
-    launch = [sys.executable, "launch/pretrain.py"] if num_ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "launch/pretrain.py"]
+    command = "launch/align.py" if run.stage in ALIGN else "launch/pretrain.py"
+    launch = [sys.executable, command] if num_ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", command]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
     done = subprocess.run([*launch, str(config)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert not done.returncode, (done.stdout + done.stderr)[-6000:]

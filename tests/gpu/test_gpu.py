@@ -96,6 +96,20 @@ def test_recomputing_changes_nothing(run, tmp_path, backend, recompute):
     np.testing.assert_allclose(losses(again), losses(kept), rtol=1e-3)
 
 
+@needs_te
+@pytest.mark.parametrize("change", [{}, {"parallel": {"zero1": True}}, {"train": {"fp8": {"recipe": "tensorwise"}}}, {"train": {"global_batch": 16}}], ids=str)
+def test_cuda_graphs_change_nothing(run, tmp_path, change):
+    """Twelve steps of several micro-batches, validation in between; the first step records. Then it goes on from a checkpoint."""
+    plain = {"data": {"reset_at_eod": False}, "train": {"steps": 12, "micro_batch": 2, "eval_every": 4, "eval_samples": 4}}
+    if change.get("train", {}).get("fp8") and CAPABILITY < (8, 9):
+        pytest.skip("FP8 needs compute capability (8, 9) or more")
+    eager, graphs = (gpu.train(run, TE, plain, change, at(tmp_path, str(flag)), {"train": {"cuda_graphs": flag}}) for flag in (False, True))
+    np.testing.assert_allclose(losses(graphs), losses(eager), rtol=1e-3)
+    gpu.train(run, TE, plain, change, at(tmp_path, "broken"), {"train": {"cuda_graphs": True, "steps": 6}, "schedule": {"decay_steps": 12}})
+    again = gpu.train(run, TE, plain, change, at(tmp_path, "broken"), {"train": {"cuda_graphs": True}})
+    np.testing.assert_allclose(losses(again), losses(eager), rtol=1e-3)
+
+
 # --- FP8 -------------------------------------------------------------------------------------------------------------------
 
 

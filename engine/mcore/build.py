@@ -27,7 +27,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
 from engine import adapters
-from engine.mcore import lora, mtp, rotary, te_problem, tune
+from engine.mcore import lora, mtp, norms, rotary, te_problem, tune
 from engine.mcore.group_limit import limit_groups
 from engine.mcore.linear_ce import OutputLayer
 from engine.mcore.quantized import plain_parameters
@@ -444,6 +444,9 @@ def compile_layers(chunk) -> None:
     """torch.compile each layer's forward in place; parameter names stay as they are."""
     module = chunk.module if isinstance(chunk, Float16Module) else chunk
     for layer in mtp.transformer_layers(module):
+        for part in layer.modules():
+            if isinstance(part, norms.WholeNorm):  # the compiler cannot trace a sum over ranks and its gradient's in a row
+                part.forward = torch.compiler.disable(part.forward)
         layer.forward = torch.compile(layer.forward)
 
 

@@ -136,8 +136,9 @@ def _type_names() -> None:
 
 
 def _megatron() -> None:
-    import megatron.core.tensor_parallel.random as random
-    from megatron.core.transformer.moe import moe_utils
+    with _uncompiled():
+        import megatron.core.tensor_parallel.random as random
+        from megatron.core.transformer.moe import moe_utils
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -145,6 +146,17 @@ def _megatron() -> None:
         moe_utils.te_general_gemm = None  # undefined upstream when Transformer Engine is missing
     _gloo_split_sizes()
     _gloo_uneven()
+
+
+@contextlib.contextmanager
+def _uncompiled():
+    """torch.compile as the identity, while megatron decorates its fused activations with it at import: each such call loads the
+    whole compiler, 3.5 s of every start, for functions that a CPU run never calls or that cost more to compile than they save."""
+    compiler, torch.compile = torch.compile, lambda function=None, **options: function if function else lambda f: f
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def _gloo_split_sizes() -> None:

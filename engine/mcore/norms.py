@@ -96,7 +96,6 @@ class WholeNorm(RMSNorm):
                                                    tp_group=mpu.get_tensor_model_parallel_group(), dp_cp_group=metadata["dp_cp_group"])
 
 
-@torch.compiler.disable  # which cannot trace the two in a row
 def _over_ranks(squares):
     """The sum over tp ranks. Every rank uses it for its own heads, so the gradients of these uses are summed too."""
     return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))

@@ -147,18 +147,19 @@ def test_a_runs_own_end_of_text_wins(tmp_path, eod, expected):
 
 def test_a_folder_that_may_not_be_written_to(convert, tmp_path, capsys):
     import os
+    import tempfile
 
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o555)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
     is_root = os.geteuid() == 0
-    os.seteuid(65534 if is_root else os.geteuid())      # root may write anywhere
-    try:
-        with pytest.raises(SystemExit) as stop:
-            convert.parse(["from-hf", "/", str(closed / "more" / "ckpt")])
-    finally:
-        os.seteuid(0 if is_root else os.geteuid())
+    with tempfile.TemporaryDirectory() as place:        # not below pytest's folder, which nobody else may enter
+        os.chmod(place, 0o755)
+        closed = Path(place, "closed")
+        closed.mkdir(mode=0o555)
+        os.seteuid(65534 if is_root else os.geteuid())  # root may write anywhere
+        try:
+            with pytest.raises(SystemExit) as stop:
+                convert.parse(["from-hf", "/", str(closed / "more" / "ckpt")])
+        finally:
+            os.seteuid(0 if is_root else os.geteuid())
     assert stop.value.code == 2 and f"{closed} may not be written to by this user" in capsys.readouterr().err
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):

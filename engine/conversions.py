@@ -42,7 +42,7 @@ def from_hf(args: argparse.Namespace, draft: Path) -> str:
         kept = ((name, rows) for name, rows in rows_from_hf(pairs, ahead) if name not in adapters)  # an adapter may bring a head of its own
         if dtype:
             kept = ((name, tuple(cast(name, row, dtype) for row in pieces(rows))) for name, rows in kept)
-        checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n))
+        checkpoint.write_tensors(draft, run, chain(kept, adapters.items()), lambda n: bar.add(num_bytes=n), safe=not args.no_hashes)
     # transformers' weights are rounded as the checkpoint is: the comparison judges the conversion, not the dtype that was asked for.
     return compare(args, run, checkpoint.read_tensors(draft), args.source, args.adapter, dtype)
 
@@ -264,14 +264,13 @@ def compare(args: argparse.Namespace, run, tensors, folder: Path, adapter: Path 
     is one. Prints a table and returns a sentence; raises HFError above the tolerance. rounded: transformers' weights go through this dtype."""
     if args.no_verify:
         return NOT_PROVED
-    from engine.hf.convert import in_fp32
     from engine.hf.verify import Verdict, answers, questions, transformers_network
     from engine.mcore.build import single_rank_network
 
     rows = questions(run.model, run.data.tokenizer.removeprefix("hf:"))
     # One after the other, so that memory holds one of the two.
     theirs = answers(transformers_network(folder, adapter, getattr(args, "allow_pickle", False), rounded), rows)
-    ours = answers(single_rank_network(in_fp32(run), tensors), rows)
+    ours = answers(single_rank_network(run, tensors), rows)
     verdict = Verdict(ours, theirs, args.tolerance)
     sentence = verdict.check()
     print(verdict.table())
@@ -282,10 +281,9 @@ def same_logits(args: argparse.Namespace, who: str, one, other) -> str:
     """A sentence; refuses two (run, tensors) that the engine computes other logits from."""
     if args.no_verify:
         return NOT_PROVED
-    from engine.hf.convert import in_fp32
     from engine.hf.verify import agreement, prompts
     from engine.mcore.build import single_rank_logits
 
     tokens = prompts(one[0].model)
-    ours, theirs = (single_rank_logits(in_fp32(run), tensors, tokens) for run, tensors in (one, other))
+    ours, theirs = (single_rank_logits(run, tensors, tokens) for run, tensors in (one, other))
     return agreement(ours, theirs, args.tolerance, who)

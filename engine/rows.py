@@ -1,6 +1,6 @@
 """A tensor in pieces: tensors that lie below one another in it, which a writer need not join to write them behind one another."""
 
-from torch import Tensor, cat
+from torch import Tensor, cat, empty
 
 Rows = tuple[Tensor, ...]
 """The rows of a larger tensor, in order; all have its other dims."""
@@ -8,7 +8,11 @@ Rows = tuple[Tensor, ...]
 
 def whole(tensor: Tensor | Rows) -> Tensor:
     """A tensor in one piece."""
-    return tensor if isinstance(tensor, Tensor) else tensor[0] if len(tensor) == 1 else cat(tensor)
+    if isinstance(tensor, Tensor) or len(tensor) == 1:
+        return tensor if isinstance(tensor, Tensor) else tensor[0]
+    if tensor[0].is_meta:  # torch would load its compiler to join tensors without numbers
+        return empty(shape_of(tensor), dtype=tensor[0].dtype, device="meta")
+    return cat(tensor)
 
 
 def pieces(tensor: Tensor | Rows) -> Rows:

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
     from_hf.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there is no safetensors file (tensors alone)")
-    from_hf.add_argument("--no-hashes", action="store_true", help="do not read HF_DIR's files once more to check them against its hashes.json")
+    from_hf.add_argument("--no-hashes", action="store_true", help="neither check HF_DIR's files against its hashes.json, nor make one for CKPT_DIR and wait for the disk")
     from_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the checkpoint; default: as in HF_DIR")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")

@@ -151,11 +151,10 @@ def test_logits_equal_transformers_at_every_length(kind, tmp_path):
 
 
 def one_chunk(run, tensors):
-    from engine.hf.convert import in_fp32
     from engine.mcore import build, topology
 
     topology.start_single()
-    run = in_fp32(run)
+    run = build.one_rank(run)
     chunk = build.build_chunk(run, build.transformer_config(run, "cpu"), "cpu")
     build.fill(chunk, {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)})
     return chunk.eval()

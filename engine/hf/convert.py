@@ -1,4 +1,4 @@
-"""What lies between a checkpoint and load.py or export.py: a RunConfig for a foreign model, fp32 or rounded views, the folder that a run
+"""What lies between a checkpoint and load.py or export.py: a RunConfig for a foreign model, rounded views, the folder that a run
 writes beside its checkpoints (checkpoint.also_save_hf).
 
 Left out: the checkpoint itself, which engine/mcore reads and writes.
@@ -38,16 +38,6 @@ def run_of(hf: Mapping[str, Any], tensors: Tensors, source: str | Path, run_dir:
                   eod_id=end if type(end) is int and 0 <= end < model.vocab_size else -1),
         train=Train(seq_len=max(model.max_position, 2), global_batch=1, steps=1, precision=precision),
     )
-
-
-def in_fp32(run: RunConfig) -> RunConfig:
-    """`run` on one CPU rank in fp32, as the comparison of logits wants it."""
-    return run.model_copy(update={
-        "run": run.run.model_copy(update={"device": "cpu"}),
-        "parallel": type(run.parallel)(),
-        "train": run.train.model_copy(update={"precision": "fp32", "backend": "torch", "fp8": type(run.train.fp8)(),
-                                              "compile": False, "recompute": "none"}),
-    })
 
 
 def merge(run: RunConfig, tensors: Mapping[str, Tensor]) -> tuple[RunConfig, Mapping[str, Tensor]]:

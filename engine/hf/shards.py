@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.hf.fields import HFError
 from engine.hf.load import INDEX, SHORT, WEIGHTS
-from engine.mapped import bytes_of, write_all
+from engine.mapped import write_all
 from engine.rows import Rows, pieces, shape_of
 
 NUM_THREADS = 2
@@ -160,5 +160,5 @@ def _start(shard: _Shard, path: Path, shapes: Mapping[str, Tensor]) -> None:
 
 def _put(shard: _Shard, name: str, rows: Rows, dtype: torch.dtype, written: Callable[[int], None]) -> None:
     begin, end = shard.ranges[name]
-    write_all(shard.descriptor, [bytes_of(row.to(device="cpu", dtype=dtype)) for row in rows], shard.base + begin)
+    write_all(shard.descriptor, [row.to(device="cpu", dtype=dtype) for row in rows], shard.base + begin)
     written(end - begin)

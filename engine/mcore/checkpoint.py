@@ -381,10 +381,12 @@ def _experts_of(name: str, key: str, index: tuple, num_experts: int):
         yield name.replace(".experts.experts.", f".experts.local_experts.{expert}."), (key, (*index, expert))
 
 
-def write_tensors(root: str | Path, run: RunConfig, tensors: Iterable[tuple[str, torch.Tensor]], written=lambda num_bytes: None) -> Path:
+def write_tensors(root: str | Path, run: RunConfig, tensors: Iterable[tuple[str, torch.Tensor]], written=lambda num_bytes: None,
+                  safe: bool = True) -> Path:
     """Write whole parameters, (name, tensor) pairs of which a few are in memory at a time, as a checkpoint at step 0 (no optimizer).
 
-    They keep their dtypes. written: hears of bytes as they go to disk. Runs on one CPU rank and starts it if needed.
+    They keep their dtypes. written: hears of bytes as they go to files. safe: with hashes, and on the disk when this returns. Runs on one CPU rank and
+    starts it if needed.
     """
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
@@ -401,10 +403,11 @@ def write_tensors(root: str | Path, run: RunConfig, tensors: Iterable[tuple[str,
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    stream.write(temporary, where, tensors, written=written)
+    stream.write(temporary, where, tensors, written=written, on_disk=safe)
     for name, text in {**_files(run, Position()), STAGE: "{}"}.items():
         (temporary / name).write_text(text)
-    hashes.write(temporary)
+    if safe:
+        hashes.write(temporary)
     saving.commit(temporary, final)
     return final
 

@@ -174,6 +174,7 @@ def _write_file(folder: Path, plan: Plan, name: str, numbers: list[int]) -> tupl
     places = []
     with hashes.HashedFile(folder / name) as file:
         for number in numbers:
+            file.write(bytes(-file.tell() % stream.ALIGNMENT))
             begin, data = file.tell(), plan.mine[number]
             if isinstance(data, bytes):
                 file.write(data)

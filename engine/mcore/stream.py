@@ -31,10 +31,11 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from engine.foreign import inside
-from engine.mapped import bytes_of, mapped, write_all
+from engine.mapped import mapped, write_all
 from engine.rows import Rows, pieces, shape_of, whole
 
 _no_checksums = threading.Lock()
+ALIGNMENT = 64  # bytes: numbers lie in files as they may in memory, so that they can be mapped
 QUEUE = 2  # tensors that wait for a writer: enough to keep it busy, little to keep in memory
 
 
@@ -72,14 +73,14 @@ def _in_one(found: list[Place]) -> list[Place]:
 
 
 def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tuple[str, torch.Tensor | Rows]], num_threads: int = 2,
-          written: Callable[[int], None] = lambda num_bytes: None) -> None:
-    """Write every named tensor as `where` says, in `num_threads` files. `written` hears of bytes as they go to disk.
+          written: Callable[[int], None] = lambda num_bytes: None, on_disk: bool = True) -> None:
+    """Write every named tensor as `where` says, in `num_threads` files. `written` hears of bytes as they go to them. on_disk: wait for the disk (fsync).
 
     A tensor may come in pieces (rows.py), which are joined only where it goes to several places. Raises ValueError naming
     each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
     """
     waiting: queue.Queue = queue.Queue(QUEUE)
-    writers = [_Writer(folder / f"__0_{i}.distcp", waiting, written) for i in range(num_threads)]
+    writers = [_Writer(folder / f"__0_{i}.distcp", waiting, written, on_disk) for i in range(num_threads)]
     problems, missing, stored = [], dict(where), {}
     try:
         for name, rows in tensors:
@@ -130,9 +131,9 @@ def _put(waiting: queue.Queue, item, writers) -> None:
 class _Writer(threading.Thread):
     """Appends what it takes from a queue to one file, each as torch.save does, until it takes None."""
 
-    def __init__(self, path: Path, waiting: queue.Queue, written: Callable[[int], None]):
+    def __init__(self, path: Path, waiting: queue.Queue, written: Callable[[int], None], on_disk: bool):
         super().__init__(name=path.name, daemon=True)
-        self.path, self.waiting, self.written = path, waiting, written
+        self.path, self.waiting, self.written, self.on_disk = path, waiting, written, on_disk
         self.entries: list[tuple[MetadataIndex, _StorageInfo]] = []
         self.error: BaseException | None = None
         self.start()
@@ -146,14 +147,17 @@ class _Writer(threading.Thread):
                     counting = [1] * (len(place.global_shape) - len(place.part))  # axes that count layers and experts
                     shape = (*counting, *(s.stop - s.start for s in place.part))
                     head, tail = around(shape, rows[0].dtype)
-                    raw = [memoryview(head), *map(bytes_of, rows), memoryview(tail)]
-                    length = sum(map(len, raw))
+                    num_bytes = sum(row.nbytes for row in rows)
+                    length = len(head) + num_bytes + len(tail)
+                    begin += -begin % ALIGNMENT
                     os.posix_fallocate(file.fileno(), begin, length)  # a file that grows as it is written takes three times as long
-                    write_all(file.fileno(), raw, begin)
+                    write_all(file.fileno(), [memoryview(head), *rows, memoryview(tail)], begin)
                     self.entries.append((MetadataIndex(place.key, torch.Size(place.offsets)), _StorageInfo(self.path.name, begin, length)))
-                    self.written(length - len(head) - len(tail))
+                    self.written(num_bytes)
                     begin += length
-                    del item, rows, raw  # not kept while waiting for the next
+                    del item, rows  # not kept while waiting for the next
+                if self.on_disk:
+                    os.fsync(file.fileno())
         except BaseException as error:
             self.error = error
 

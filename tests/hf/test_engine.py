@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from engine.hf.convert import in_fp32
 from engine.hf.verify import agreement, prompts
 
 
@@ -11,7 +10,7 @@ def test_engine_and_transformers_agree(model):
     from engine.mcore.build import single_rank_logits
 
     tokens = prompts(model.run.model)
-    ours = single_rank_logits(in_fp32(model.run), model.engine_tensors(), tokens)
+    ours = single_rank_logits(model.run, model.engine_tensors(), tokens)
     with torch.no_grad():
         theirs = model.network(tokens).logits
     assert ours.dtype == torch.float32 and ours.shape == theirs.shape
@@ -37,4 +36,4 @@ def test_the_comparison_notices_each_part(tiny, name, parts):
         key = next(key for key in tensors if key.endswith(part))
         tensors[key] = tensors[key].roll(1, 0)
         with pytest.raises(ValueError, match="differ by at most"):
-            agreement(single_rank_logits(in_fp32(model.run), tensors, tokens), theirs)
+            agreement(single_rank_logits(model.run, tensors, tokens), theirs)

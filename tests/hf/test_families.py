@@ -13,7 +13,7 @@ from parity_table import LIMIT, difference
 
 from engine.config import ConfigError, validate
 from engine.hf import FAMILIES
-from engine.hf.convert import in_fp32, run_of
+from engine.hf.convert import run_of
 from engine.hf.export import export
 from engine.hf.load import open_hf
 from engine.hf.verify import agreement, prompts, transformers_logits
@@ -85,7 +85,7 @@ def test_a_reward_model_goes_both_ways(name, tmp_path):
     assert run.model.head == "scalar" and run.stage == "reward"
     tokens, ours = prompts(run.model), dict(FAMILIES[run.model.family].from_hf(run.model, tensors))
     values = transformers_logits(tmp_path / "theirs", tokens)
-    agreement(single_rank_logits(in_fp32(run), ours, tokens), values, tolerance=1e-5)
+    agreement(single_rank_logits(run, ours, tokens), values, tolerance=1e-5)
     with torch.no_grad():
         assert torch.allclose(network(tokens[:1]).logits, values[:1, -1], atol=1e-5), "not what transformers calls the reward"
 

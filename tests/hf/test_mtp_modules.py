@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.hf.convert import in_fp32, run_of
+from engine.hf.convert import run_of
 from engine.hf.fields import HFError
 from engine.hf.load import open_hf
 from engine.hf.verify import prompts, transformers_logits
@@ -87,7 +87,7 @@ def test_modules_say_what_transformers_mtp_model_says(tiny, tmp_path):
     tokens, labels = text[:, :-1], text[:, 1:]
 
     topology.start_single()
-    chunk = build.build_chunk(one := build.one_rank(in_fp32(run)), build.transformer_config(one, "cpu"), "cpu", with_weights=False)
+    chunk = build.build_chunk(one := build.one_rank(run), build.transformer_config(one, "cpu"), "cpu", with_weights=False)
     build.fill(chunk, tensors)
     chunk.eval().further = mtp.targets({"tokens": tokens, "labels": labels, "loss_mask": torch.ones(tokens.shape)}, DEPTH)
     chunk(tokens, torch.arange(24).expand_as(tokens), None, labels=labels)

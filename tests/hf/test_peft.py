@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.hf.convert import in_fp32
 from engine.hf.fields import HFError
 from engine.hf.load import open_hf
 from engine.hf.peft import CONFIG, WEIGHTS, Merged, load_adapter, other_base, peft_logits, save_adapter
@@ -47,8 +46,9 @@ def adapted(model, lora):
     topology.start_single()
     from engine.mcore import build
 
-    run = in_fp32(model.run.model_copy(update={"lora": Lora(**lora)}))
-    fresh = build.build_chunk(run, build.transformer_config(run, "cpu"), "cpu").state_dict()
+    run = model.run.model_copy(update={"lora": Lora(**lora)})
+    one = build.one_rank(run)
+    fresh = build.build_chunk(one, build.transformer_config(one, "cpu"), "cpu").state_dict()
     generator, tensors = torch.Generator().manual_seed(2), model.engine_tensors()
     for name in (name for name in fresh if ".lora." in name):
         noise = torch.randn(fresh[name].shape, generator=generator)
@@ -59,7 +59,7 @@ def adapted(model, lora):
 def logits_of(run, tensors):
     from engine.mcore.build import single_rank_logits
 
-    return single_rank_logits(in_fp32(run), tensors, prompts(run.model))
+    return single_rank_logits(run, tensors, prompts(run.model))
 
 
 @pytest.mark.parametrize("name, lora", CASES.values(), ids=CASES)

@@ -54,7 +54,7 @@ def to_hf(args: argparse.Namespace, draft: Path) -> str:
     from engine.hf.export import export, write_card
 
     checkpoint = engine_checkpoints()
-    run, tensors = checkpoint.read_config(args.source), checkpoint.read_tensors(args.source)
+    folder, run, tensors = stored(args.source, args)
     if args.drop_mtp:
         run = run.model_copy(update={"model": run.model.model_copy(update={"mtp": type(run.model.mtp)()})})
         tensors = tensors.without_mtp()
@@ -66,7 +66,6 @@ def to_hf(args: argparse.Namespace, draft: Path) -> str:
         export(run, tensors, draft, dtype, args.tokenizer, args.shard_gb * 1e9, written=lambda n: bar.add(num_bytes=n))
     # Rounded as the folder is: the comparison judges the conversion, not the dtype that was asked for.
     verdict = compare(args, run, Rounded(tensors, dtype), draft)
-    folder = checkpoint.find(args.source)
     write_card(draft, run, args.target.name, checkpoint.read_position(folder).tokens, verdict, folder)
     hashes.write(draft)
     return verdict
@@ -79,8 +78,7 @@ def to_peft(args: argparse.Namespace, draft: Path) -> str:
     from engine.hf.export import export
     from engine.hf.peft import Unadapted, save_adapter
 
-    checkpoint = engine_checkpoints()
-    run, tensors = checkpoint.read_config(args.source), checkpoint.read_tensors(args.source)
+    _, run, tensors = stored(args.source, args)
     save_adapter(run.model, run.lora, tensors, draft, args.base)
     if args.no_verify:
         return NOT_PROVED
@@ -108,8 +106,8 @@ def average(args: argparse.Namespace, draft: Path) -> str:
     are_hf = [(source / "config.json").is_file() for source in args.source]
     weights = args.weights or [1.0] * len(args.source)
     if len(weights) != len(args.source) or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-        raise ConfigError([f"--weights {' '.join(map(str, weights))} has {len(weights)} numbers for {len(args.source)} models; "
-                           "give a finite one of 0 or more for each, not all 0"])
+        what = f"has {len(weights)} numbers for {len(args.source)} models" if len(weights) != len(args.source) else "is no list of shares"
+        raise ConfigError([f"--weights {' '.join(map(str, weights))} {what}; give one for each, finite and 0 or more, not all 0"])
     if any(are_hf) and not all(are_hf):
         raise ConfigError([f"{args.source[are_hf.index(False)]} is no Hugging Face folder and {args.source[are_hf.index(True)]} is one; convert one of them first"])
     checkpoint = engine_checkpoints()
@@ -118,7 +116,7 @@ def average(args: argparse.Namespace, draft: Path) -> str:
         runs = [run_of(hf, tensors, source, args.target) for (hf, tensors), source in zip(opened, args.source)]
         streams = [FAMILIES[run.model.family].from_hf(run.model, tensors) for run, (_, tensors) in zip(runs, opened)]
     else:
-        runs, parts = [checkpoint.read_config(source) for source in args.source], [checkpoint.read_tensors(source) for source in args.source]
+        _, runs, parts = zip(*(stored(source, args) for source in args.source))
         streams = [map(lambda name, part=part: (name, part[name]), parts[0]) for part in parts]
     for source, run in zip(args.source, runs):
         differing = [name for name, value in run.model if name != "size" and value != getattr(runs[0].model, name)] + ["lora"] * (run.lora != runs[0].lora)
@@ -136,7 +134,7 @@ def upcycle(args: argparse.Namespace, draft: Path) -> str:
     from engine.config import ConfigError, Model
 
     checkpoint = engine_checkpoints()
-    run, tensors = checkpoint.read_config(args.source), checkpoint.read_tensors(args.source)
+    _, run, tensors = stored(args.source, args)
     if run.model.moe.num_experts or run.lora.rank or run.model.family not in UPCYCLED:
         what = "has experts already" if run.model.moe.num_experts else "has adapters" if run.lora.rank else f"is of family {run.model.family}"
         raise ConfigError([f"{args.source} {what}; upcycling takes merged dense models of {', '.join(UPCYCLED)}"])
@@ -240,6 +238,21 @@ def with_adapter(run, folder: Path, base: Path):
               "and no comparison can tell", file=sys.stderr)
     lora, adapters = load_adapter(folder, run.model)
     return run.model_copy(update={"lora": lora}), adapters
+
+
+def stored(source: Path, args: argparse.Namespace):
+    """(folder, run, tensors) of a checkpoint whose every byte is the one that was written, unless args.no_hashes trusts them. Starts the rank."""
+    from engine import run_folder
+
+    checkpoint = engine_checkpoints()
+    if (source / "config.json").is_file():
+        raise checkpoint.CheckpointError(f"{source} is a Hugging Face folder; from-hf makes a checkpoint of it")
+    folder = checkpoint.find(source)
+    if folder is None:
+        raise checkpoint.CheckpointError(f"{source} holds no complete checkpoint; name a run's checkpoints folder, or one iter_ folder in it")
+    if not args.no_hashes and (found := run_folder.problems(folder, strict=False)):
+        raise checkpoint.CheckpointError(f"{folder} is damaged: {'; '.join(found)}; name an older checkpoint, or take it as it is with --no-hashes")
+    return folder, checkpoint.read_config(folder), checkpoint.read_tensors(folder)
 
 
 def engine_checkpoints():

@@ -20,7 +20,7 @@ class Checkpoint(Section):
     async_save: bool = False
     """Copy what is to be saved and write it in the background while training goes on."""
     keep_last: int = Field(0, ge=0)
-    """Delete all but this many of the newest checkpoints, once a newer one is written; 0 keeps all."""
+    """Delete all but this many of the newest checkpoints (and what also_save_hf made of them), once a newer one is written; 0 keeps all."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints of every so many steps are kept whatever checkpoint.keep_last says; 0 makes no exceptions."""
     failures_allowed: int = Field(2, ge=0)

@@ -13,13 +13,14 @@ label, both ways. Adapters (lora.*) are merged by to-hf; from-hf takes some alon
 Tensors stream from one side to the other, a few in memory at a time. The result is written under another name; then it is read again,
 the engine's logits and greedy tokens are compared with transformers' on a few prompts (fp32, one CPU process), and only then does it
 get its name; above the tolerance it stays as NAME.failed. Memory must hold the model once in fp32 for the comparison; --no-verify leaves it out, and says so.
-Exit codes: 0 done, 1 the conversion or the comparison failed, 2 usage or configuration.
+Exit codes: 0 done, 1 the conversion or the comparison failed, 2 usage or configuration, 130 interrupted (then nothing is left behind).
 Left out: quantised folders.
 """
 
 import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,7 +33,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_hf.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
     from_hf.add_argument("--adapter", metavar="PEFT_DIR", type=Path, help="a LoRA or DoRA adapter of this model, kept apart from its weights")
     from_hf.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin where there is no safetensors file (tensors alone)")
-    from_hf.add_argument("--no-hashes", action="store_true", help="neither check HF_DIR's files against its hashes.json, nor make one for CKPT_DIR and wait for the disk")
     from_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the checkpoint; default: as in HF_DIR")
     to_hf = commands.add_parser("to-hf", help="checkpoint -> Hugging Face folder")
     to_hf.add_argument("source", metavar="CKPT_DIR", type=Path, help="a run's checkpoints folder, or one iter_ folder of it")
@@ -60,6 +60,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_megatron.add_argument("source", metavar="MEGATRON_DIR", type=Path, help="its folder with latest_checkpointed_iteration.txt, or one iter_ folder")
     from_megatron.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
     from_megatron.add_argument("--config", metavar="YAML", type=Path, required=True, help="a run's configuration whose model section is this model")
+    from_hf.add_argument("--no-hashes", action="store_true", help="neither check HF_DIR's files against its hashes.json, nor make one for CKPT_DIR and wait for the disk")
+    for command in (to_hf, to_peft, average, upcycle):
+        command.add_argument("--no-hashes", action="store_true", help="do not check every byte of the source against its hashes.json")
     for command in (from_hf, to_hf):
         command.add_argument("--drop-mtp", action="store_true", help="leave out modules that predict further tokens (DeepSeek-V3)")
     for command in (from_hf, to_hf, to_peft, upcycle):
@@ -101,10 +104,14 @@ def sibling(target: Path, suffix: str) -> Path:
 
 
 def settle(convert, args: argparse.Namespace) -> str:
-    """Convert into a draft and give it the target's name; what fails half-way is put aside as NAME.failed."""
+    """Convert into a draft and give it the target's name; what fails is put aside as NAME.failed, and an interrupt leaves nothing."""
     draft = sibling(args.target, "unverified")
     try:
         verdict = convert(args, draft)
+    except KeyboardInterrupt:
+        if draft.exists():
+            sibling(args.target, "unverified")
+        raise
     except BaseException as error:
         if draft.exists():
             failed = sibling(args.target, "failed")
@@ -121,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         from engine import conversions
 
         verdict = settle(getattr(conversions, args.command.replace("-", "_")), args)
+    except KeyboardInterrupt:
+        print(f"interrupted; {args.target} was not written", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:  # people's mistakes; anything else is ours and keeps its traceback
         from engine.config import ConfigError
 
@@ -148,5 +158,10 @@ def upload(args: argparse.Namespace) -> int:
     return 0
 
 
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -16,7 +16,7 @@ from engine.config import Data, Run, RunConfig, Train
 from engine.hf import FAMILIES, family_of, read_model
 from engine.hf.export import DTYPES, TOKENIZER_FILES, export, full_model, tokenizer_source, write_card
 from engine.hf.fields import HFError
-from engine.hf.load import Tensors
+from engine.hf.load import Tensors, named
 from engine.hf.peft import Merged
 
 PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -28,7 +28,9 @@ def run_of(hf: Mapping[str, Any], tensors: Tensors, source: str | Path, run_dir:
     hf, tensors: as open_hf gives them. source: the folder they came from, where the tokenizer lies too.
     Raises HFError for what the engine would compute differently.
     """
-    model, source = read_model(hf), Path(source).resolve()
+    source = Path(source).resolve()
+    with named(source):
+        model = read_model(hf)
     precision = PRECISIONS.get(tensors.dtype(family_of(hf).EMBEDDING), "fp32")
     end = hf.get("eos_token_id")  # a list (Llama 3 Instruct) names no single end of document: the tokenizer then does
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)

@@ -8,7 +8,6 @@ Left out: proving it (launch/convert.py compares logits) and uploading it.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Mapping
@@ -50,7 +49,8 @@ def export(run: RunConfig, tensors: Mapping[str, Tensor], out_dir: str | Path, d
     if head_of(hf) != model.head:
         raise HFError(f"model.head={model.head} has no Hugging Face form in family {model.family}")
     source, pairs = tokenizer_source(run, tokenizer_dir), family.pairs(model)
-    part = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    part = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
     part.mkdir(parents=True)
     try:
         shapes = shards.outline(family, model, tensors, DTYPES[dtype] if dtype else None)

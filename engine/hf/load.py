@@ -13,6 +13,8 @@ Left out: downloads; the folder must lie on this machine.
 import json
 import math
 import pickle
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -85,8 +87,13 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
         raise HFError(f"{folder} is no folder; download the model first, then name the folder that holds its config.json")
     if problems := hashes.check(folder, contents=check_hashes):
         raise HFError(f"{folder} is damaged: {'; '.join(problems)}; copy it again, or remove {hashes.NAME} to take it as it is")
+    if not (folder / "config.json").is_file():
+        is_ours = (folder / "metadata.json").is_file() or any(folder.glob("iter_*"))
+        raise HFError(f"{folder} has no config.json: " + ("it is a checkpoint of ours; to-hf makes a Hugging Face folder of it" if is_ours else
+                                                          "name the folder of a Hugging Face model, which holds one beside its safetensors"))
     hf = read_json(folder / "config.json")
-    family = family_of(hf)
+    with named(folder):
+        family = family_of(hf)
     places = {}
     for stored, path in _places(folder, allow_pickle).items():
         name = family.canonical(stored)
@@ -99,14 +106,32 @@ def open_hf(folder: str | Path, drop_mtp: bool = False, allow_pickle: bool = Fal
         hf, places = family.without_mtp(hf), {name: place for name, place in places.items() if not name.startswith(prefixes)}
     tensors = Tensors(places)
     _check_counts(folder, hf, tensors)
-    shapes = family.hf_shapes(hf)
+    with named(folder):
+        shapes = family.hf_shapes(hf)
     _check(folder, tensors, shapes)
+    _check_dtypes(folder, tensors)
     # A tied model may carry its output matrix all the same; then it has to be the embedding.
     if HEAD in places and HEAD not in shapes:
         if not torch.equal(tensors[HEAD], tensors[family.EMBEDDING]):
             raise HFError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from {family.EMBEDDING}")
         del places[HEAD]
     return hf, tensors
+
+
+@contextmanager
+def named(folder: Path):
+    """An HFError about a config.json says in which folder it lies."""
+    try:
+        yield
+    except HFError as error:
+        raise HFError(f"{folder}: {error}") from None
+
+
+def _check_dtypes(folder: Path, tensors: Tensors) -> None:
+    """Refuse numbers that are no plain weights: what a quantised folder holds means nothing without its scales."""
+    strange = [f"{name} is {tensors.dtype(name)}" for name in tensors if tensors.dtype(name) not in ("F32", "BF16", "F16")]
+    if strange:
+        raise HFError(f"{folder}: {some(strange)}; weights are F32, BF16 or F16 here. Save a quantised model dequantised, and any other in one of these")
 
 
 def _check_counts(folder: Path, hf: Mapping[str, Any], tensors: Tensors) -> None:
@@ -174,8 +199,8 @@ class Pickled:
     """A file that torch.save wrote, with safe_open's calls; the tensors stay on disk (mmap) until they are used."""
 
     def __init__(self, path: Path):
-        try:
-            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        try:  # those of torch before 1.6 are no archives, and are read whole
+            self._tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise HFError(f"{path} is no file of tensors alone: {error}") from None
         strange = [name for name, value in self._tensors.items() if not isinstance(value, Tensor)] if isinstance(self._tensors, dict) else ["no mapping"]

@@ -93,7 +93,7 @@ class _Shard:
     ranges: dict[str, tuple[int, int]]
     size: int = 0
     base: int = 0
-    descriptor: int = -1
+    path: Path = Path()
 
 
 def write(folder: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor | Rows]], shard_bytes: float,
@@ -106,26 +106,21 @@ def write(folder: Path, shapes: Mapping[str, Tensor], tensors: Iterable[tuple[st
     names = [WEIGHTS] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     where = {name: shard for shard in shards for name in shard.ranges}
     room, done = BoundedSemaphore(2 * NUM_THREADS), []  # tensors in memory beside those being made
-    try:
-        for shard, file_name in zip(shards, names):
-            _start(shard, folder / file_name, shapes)
-        with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="write") as pool:
-            for name, rows in tensors:
-                if name not in where or shape_of(rows) != shapes[name].shape:
-                    raise HFError(f"{name} {list(shape_of(rows))} was not expected: the name map does not agree with itself")
-                room.acquire()
-                work = pool.submit(_put, where.pop(name), name, pieces(rows), shapes[name].dtype, written)
-                work.add_done_callback(lambda _: room.release())
-                done.append(work)
-                del rows
-        for work in done:
-            work.result()
-        if where:
-            raise HFError(f"the name map gave no {', '.join(where)}")
-    finally:
-        for shard in shards:
-            if shard.descriptor >= 0:
-                os.close(shard.descriptor)
+    for shard, file_name in zip(shards, names):
+        _start(shard, folder / file_name, shapes)
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="write") as pool:
+        for name, rows in tensors:
+            if name not in where or shape_of(rows) != shapes[name].shape:
+                raise HFError(f"{name} {list(shape_of(rows))} was not expected: the name map does not agree with itself")
+            room.acquire()
+            work = pool.submit(_put, where.pop(name), name, pieces(rows), shapes[name].dtype, written)
+            work.add_done_callback(lambda _: room.release())
+            done.append(work)
+            del rows
+    for work in done:
+        work.result()
+    if where:
+        raise HFError(f"the name map gave no {', '.join(where)}")
     if len(shards) > 1:
         weight_map = {name: file_name for shard, file_name in zip(shards, names) for name in shard.ranges}
         total = sum(shard.size for shard in shards)
@@ -152,13 +147,18 @@ def _start(shard: _Shard, path: Path, shapes: Mapping[str, Tensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     shard.base = 8 + len(text)
-    shard.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.write(shard.descriptor, struct.pack("<Q", len(text)) + text)
-    if shard.size:
-        os.posix_fallocate(shard.descriptor, 0, shard.base + shard.size)
+    shard.path = path
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        if shard.size:
+            os.posix_fallocate(file.fileno(), 0, shard.base + shard.size)
 
 
 def _put(shard: _Shard, name: str, rows: Rows, dtype: torch.dtype, written: Callable[[int], None]) -> None:
     begin, end = shard.ranges[name]
-    write_all(shard.descriptor, [row.to(device="cpu", dtype=dtype) for row in rows], shard.base + begin)
+    descriptor = os.open(shard.path, os.O_WRONLY)  # for each tensor: a model may have more shards than a process may have files
+    try:
+        write_all(descriptor, [row.to(device="cpu", dtype=dtype) for row in rows], shard.base + begin)
+    finally:
+        os.close(descriptor)
     written(end - begin)

@@ -11,6 +11,7 @@ step changes is copied behind the next forward and backward pass. Left out: how 
 """
 
 import itertools
+import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -88,7 +89,9 @@ class Saver:
         """Older checkpoints that may go now, by rank 0: the new one's files are there with their sizes, their hashes are those of the bytes
         that were handed to the disk, and it has answered that it has them."""
         if dist.get_rank() == 0 and not run_folder.problems(final, quick=True):
-            run_folder.retire(final.parent, run_folder.step_of(final), self.settings.keep_last, self.settings.keep_every, self.spared)
+            gone = run_folder.retire(final.parent, run_folder.step_of(final), self.settings.keep_last, self.settings.keep_every, self.spared)
+            for folder in gone:  # with what checkpoint.also_save_hf made of them
+                shutil.rmtree(folder.parent.parent / "hf" / folder.name, ignore_errors=True)
 
 
 class _Underway:

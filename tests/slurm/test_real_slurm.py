@@ -37,7 +37,7 @@ def cluster(tmp_path_factory):
 class Run:
     """A run of 300 steps under Slurm, submitted by launch/slurm/job.py. pace: seconds that a step of the first start sleeps."""
 
-    def __init__(self, cluster: Cluster, corpus, folder: Path, pace: float = 0.0, save_every: int = 0, **slurm):
+    def __init__(self, cluster: Cluster, corpus, folder: Path, pace: float = 0.0, save_every: int = 20, **slurm):
         self.cluster, self.dir = cluster, folder / "run"
         section = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "cpu_bind": "", "time_limit_hours": 0.5, "max_restarts": 1,
                    "env": {"PACE_SECONDS": str(pace)}, "check": {"enabled": False}}

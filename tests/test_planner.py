@@ -10,6 +10,7 @@ import parity_table
 import planner_probe
 import pytest
 import ranks
+from engine import metrics
 from engine.config import ConfigError, load_config, validate
 from engine.planner import budget
 from engine.planner.activations import Saved
@@ -18,10 +19,11 @@ from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.search import own_layout, read, search, write
 from engine.planner.time import step_time
-from engine.planner.weights import chunks, weights
+from engine.planner.weights import chunks, spread, weights
 
 ROOT = Path(__file__).parents[1]
 LLAMA8B = str(ROOT / "examples/llama3_8b/pretrain.yaml")
+DEEPSEEK = str(ROOT / "examples/deepseek_v3/pretrain.yaml")
 
 
 def raw(model: dict, layout: dict, train: dict, **sections) -> dict:
@@ -35,6 +37,8 @@ LORA = {"lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}}
 ALL_LORA = {"lora": {"rank": 4, "dora": True, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}}
 BF16 = {"precision": "bf16"}
 SP = dict(sequence_parallel=True)
+MTP = {**parity_table.DENSE, "mtp": dict(num_layers=2)}
+KEPT = dict(num_layers=1, loss_weight=0)      # modules for further tokens that have no loss
 FURTHER = [      # beside the layouts of the parity table: precisions, adapters, a scalar head
     (1, raw(parity_table.DENSE, {}, BF16)),
     (1, raw(parity_table.DENSE, {}, {}, **LORA)),
@@ -44,6 +48,10 @@ FURTHER = [      # beside the layouts of the parity table: precisions, adapters,
     (2, raw(parity_table.DENSE, dict(tp=2, **SP), BF16, **ALL_LORA)),
     (2, raw(parity_table.MOE, dict(tp=2, **SP, etp=1, ep=2, zero1=True), BF16, **ALL_LORA)),
     (2, raw(parity_table.MODELS["latent-moe"], dict(ep=2, zero1=True), BF16)),
+    (2, raw(MTP, dict(pp=2, vpp=2, zero1=True), BF16)),      # an embedding of its own on the last rank
+    (2, raw({**parity_table.MODELS["latent-moe"], "mtp": KEPT}, dict(pp=2, zero1=True), BF16)),
+    (1, raw({**parity_table.DENSE, "mtp": KEPT}, {}, BF16, **LORA)),
+    (4, raw(MTP, dict(tp=2, **SP, pp=2, zero1=True, overlap_grad_reduce=True), BF16)),
 ]
 
 
@@ -51,7 +59,7 @@ def of_parity_table(num_ranks: int):
     """One case of the parity table for each way of laying weights out; schedules, micro-batches, losses and recomputation do not change them."""
     found, like_others = {}, ("window", "moe-seq", "moe-global", "moe-bias", *(("dense",) if num_ranks == 8 else ()))      # eight are dear
     for row in parity_table.CASES:
-        if row.ranks == num_ranks and row.model not in like_others and "mtp" not in parity_table.MODELS[row.model]:  # what the planner refuses
+        if row.ranks == num_ranks and row.model not in like_others:
             found.setdefault((row.model, str(row.layout)), raw(parity_table.MODELS[row.model], row.layout, {}))
     return list(found.values())
 
@@ -93,6 +101,12 @@ SAVED = [
     (2, raw(GQA, dict(pp=2), {**TWO, "recompute": "selective"})),
     (2, raw(EXPERTS, dict(tp=2, **SP), TWO)),
     (2, raw(LATENT_EXPERTS, dict(tp=2, **SP, ep=2, etp=1), TWO)),
+    (1, raw({**GQA, "mtp": dict(num_layers=2)}, {}, TWO)),
+    (1, raw({**GQA, "mtp": KEPT}, {}, TWO)),
+    (2, raw({**GQA, "mtp": dict(num_layers=2)}, dict(tp=2, **SP), TWO)),
+    (2, raw({**GQA, "mtp": dict(num_layers=2)}, dict(tp=2), {**TWO, "recompute": "full"})),
+    (2, raw({**LATENT_EXPERTS, "mtp": dict(num_layers=1)}, dict(pp=2), TWO)),
+    (2, raw({**LATENT_EXPERTS, "mtp": dict(num_layers=1)}, dict(cp=2), {**TWO, "recompute": "selective"})),
 ]
 
 
@@ -145,6 +159,26 @@ def test_layers_that_do_not_divide_are_spread(tmp_path):
         assert len(layers) == 4 * plan.run.parallel.vpp and sum(layers) == 31 and layers[0] == min(layers) == max(layers) - 1
     write(file, answer.plans[0], str(tmp_path / "out.yaml"))
     assert load_config(tmp_path / "out.yaml", world_size=16).parallel == answer.plans[0].run.parallel
+
+
+def test_modules_for_further_tokens_count_as_layers_of_the_last_chunk(tmp_path):
+    assert spread(61, 16, 1) == [3, *[4] * 14, 2] and spread(31, 4, 1) == [8, 8, 8, 7] and spread(32, 4, 1) == [8, 8, 9, 7]
+    assert spread(5, 4, 1) == spread(5, 4) == [1, 1, 2, 1] and spread(4, 4, 2) == [] and spread(7, 4, 3) == [2, 2, 2, 1]
+    base, file, pins = read(DEEPSEEK, ["parallel.pp=16", "parallel.tp=2", "parallel.ep=64", "parallel.etp=1", "parallel.cp=1", "parallel.vpp=1"])
+    answer = search(base, make_cluster("h100", 1024), pins)
+    assert answer.plans and answer.plans[0].run.parallel.pp_layers == [3, *[4] * 14, 2]
+    write(file, answer.plans[0], str(tmp_path / "out.yaml"))
+    assert load_config(tmp_path / "out.yaml", world_size=1024).parallel == answer.plans[0].run.parallel
+
+
+def test_further_tokens_cost_what_their_flops_say():
+    run = own_layout(read(LLAMA8B, ["parallel.tp=1", "parallel.sequence_parallel=false"])[1], make_cluster("h100", 8))[0].run
+    deeper = run.model_copy(update={"model": run.model.model_copy(update={"mtp": run.model.mtp.model_copy(update={"num_layers": 2})})})
+    kept = deeper.model_copy(update={"model": deeper.model.model_copy(update={"mtp": deeper.model.mtp.model_copy(update={"loss_weight": 0.0})})})
+    spent, more, same = (step_time(one, make_cluster("h100", 8), "te") for one in (run, deeper, kept))
+    flops, further = (metrics.flops_per_token(one.model, 0) for one in (run, deeper))      # without attention
+    assert more.gemm / spent.gemm == pytest.approx(further / flops, rel=0.01)
+    assert more.attention / spent.attention == pytest.approx(34 / 32) and same.gemm == spent.gemm
 
 
 def test_overrides_fix_parts_of_a_layout():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from engine import metrics
 from engine.config import ConfigError, load_config, validate
 from engine.planner import budget
 from engine.planner.activations import Saved
-from engine.planner.cluster import make_cluster
+from engine.planner.cluster import kind_of, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.search import own_layout, read, search, write
@@ -222,6 +223,17 @@ def published():
     return _planner_published
 
 
+def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
+    import planner
+
+    for name, (model, train) in planner.SEVERAL.items():
+        plan, problems = own_layout(raw(model, {}, {"precision": "bf16", **train}, run={"dir": "unused", "device": "cuda"}), make_cluster("h100", 1))
+        assert not problems and plan.fits, name
+    assert [kind_of(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200")] == ["h100", "h100-pcie", "h200"]
+    with pytest.raises(ConfigError, match="Tesla T4 is no GPU known here"):
+        kind_of("Tesla T4")
+
+
 def test_published_runs_fit(published):
     """Megatron-LM's table as it stands; the dense FP8 runs of Megatron Bridge with the bf16 gradients and moments of its recipes."""
     for row in published.ROWS:
@@ -291,6 +303,8 @@ def test_bad_clusters_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         make_cluster("h100", 12, network="fast", memory_gib=-1)
     assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError, match="--gpu-memory nan"):
+        make_cluster("h100", 8, memory_gib=float("nan"))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------
@@ -328,6 +342,15 @@ def test_fp8_is_tried_where_it_is_asked_for_and_can_be_had(tmp_path):
     assert load_config(tmp_path / "fp8.yaml", world_size=8).train.fp8.recipe == "tensorwise"      # the fastest
     assert "A100 has no FP8" in command(LLAMA8B, "--fp8", "--gpu", "a100", code=2).stderr
     assert "train.backend=torch" in command(LLAMA8B, "--fp8", "train.backend=torch", code=2).stderr
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word(tmp_path):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end) as out:
+        done = subprocess.run([sys.executable, "launch/plan.py", LLAMA8B, "--gpus", "8", "--write", str(tmp_path / "out.yaml")], cwd=ROOT, stdout=out,
+                              stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGPIPE and done.stderr == f"wrote layout 1 into {tmp_path}/out.yaml\n"
 
 
 def test_nothing_fits_and_what_would_help():

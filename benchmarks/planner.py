@@ -4,7 +4,8 @@
     python benchmarks/planner.py several [--tiny]                                    # one GPU: several models, one after the other
     torchrun --nproc-per-node N benchmarks/planner.py run CONFIG.yaml [key=value ...]    # peak memory and step time on N GPUs, or memory on N CPU ranks
 
-`several` does `run` with each of SEVERAL in a process of its own; --tiny: at toy sizes on a CPU rank, which shows that it runs. Exit code 1 if one fails. `run` trains a few steps on random tokens in the configuration's own layout and prints measured / predicted. On a GPU: what torch allocated at
+`several` does `run` with each of SEVERAL in a process of its own; --tiny: at toy sizes on a CPU rank, which shows that it runs. Exit code 1 if one fails.
+`run` trains a few steps on random tokens in the configuration's own layout and prints measured / predicted. On a GPU: what torch allocated at
 its most against all the planner counts but CUDA and fragmentation, what the device had in use against the whole, and the median step. On CPU ranks:
 parameters, gradients and optimizer state, and what autograd saves of one micro-batch; there is no speed to compare there.
 """

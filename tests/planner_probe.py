@@ -60,7 +60,8 @@ def saved_by(network, run, place):
 
     batch_size, seq_len = run.train.micro_batch, run.train.seq_len
     text = torch.randint(0, run.model.vocab_size, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(1))
-    batch = dict(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(batch_size, seq_len), position_ids=torch.arange(seq_len).expand(batch_size, seq_len))
+    batch = dict(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(batch_size, seq_len),
+                 position_ids=torch.arange(seq_len).expand(batch_size, seq_len))
     batch = network._place({**batch, **(mtp.targets(batch, run.model.mtp.num_layers) if network.learns_further else {})})
     own = {parameter.untyped_storage().data_ptr() for chunk in network.chunks for parameter in chunk.parameters()}
     stream = seq_len // place.cp // (place.tp if run.parallel.sequence_parallel else 1)

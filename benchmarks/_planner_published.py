@@ -88,7 +88,7 @@ def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, precision_aware
         "train": {"steps": 1, **row.train, "micro_batch": micro_batch, "recompute": recompute},
         "optim": {"precision_aware": precision_aware}})
     # Llama 3's first and last chunk had the embedding and the loss alone, which the engine does not do.
-    return placed(run, pp_layers=spread(run.model.num_layers, run.parallel.pp * vpp))
+    return placed(run, pp_layers=spread(run.model.num_layers, run.parallel.pp * vpp, run.model.mtp.num_learning))
 
 
 def planned(row: Row) -> Plan:

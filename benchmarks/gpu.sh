@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# One command on a GPU machine: what is installed, the GPU's tests, the speed table. Everything it says is kept in a folder.
+# One command on a GPU machine: what is installed, the GPU's tests, the speed table, the planner beside the truth. Everything it says is kept in a folder.
 #
-#   benchmarks/gpu.sh [FOLDER [PART...]]       # FOLDER: gpu_results; PART: doctor, tests, table (all)
+#   benchmarks/gpu.sh [FOLDER [PART...]]       # FOLDER: gpu_results; PART: doctor, tests, table, planner (all)
+#   TABLE=--tiny PLANNER=--tiny benchmarks/gpu.sh FOLDER doctor table planner      # rehearsal on a CPU: shows that the parts run
 #
-# PYTHON chooses the interpreter (default .venv/bin/python), TABLE further options of gpu_table.py, such as TABLE="--only gpt_1.7b,loss".
-# A part that fails does not stop the next; the exit code is 1 then. Written: doctor.json, doctor.txt, tests.txt, tests.xml, table.md, table.txt, and
-# revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh for a machine without a network).
+# PYTHON chooses the interpreter (default .venv/bin/python), TABLE further options of gpu_table.py, such as TABLE="--only gpt_1.7b,loss", PLANNER those of
+# planner.py. A part that fails does not stop the next; the exit code is 1 then. Written: doctor.json, doctor.txt, tests.txt, tests.xml, table.md, table.txt,
+# planner.txt, and revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh for a machine without a network).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+usage() { sed -n 's/^# \{0,1\}//; 2,9p' "$0"; }
+case ${1:-} in
+    -h | --help) usage; exit 0 ;;
+    -*) usage >&2; exit 2 ;;
+esac
 python=${PYTHON:-.venv/bin/python}
 folder=${1:-gpu_results}
 [ $# -gt 0 ] && shift
 parts=("$@")
-[ $# -eq 0 ] && parts=(doctor tests table)
+[ $# -eq 0 ] && parts=(doctor tests table planner)
 for part in "${parts[@]}"; do
-    case $part in doctor | tests | table) ;; *) echo "no part is called $part; there are doctor, tests and table" >&2; exit 2 ;; esac
+    case $part in doctor | tests | table | planner) ;; *) echo "no part is called $part; there are doctor, tests, table and planner" >&2; exit 2 ;; esac
 done
 command -v "$python" >/dev/null || { echo "there is no $python; PYTHON=... names another interpreter, docs/gpu.md says how to install" >&2; exit 2; }
 mkdir -p "$folder" || exit 2
@@ -47,6 +53,11 @@ END
 table() {
     # shellcheck disable=SC2086 (TABLE is a list of words)
     "$python" benchmarks/gpu_table.py --output "$folder/table.md" ${TABLE:-}
+}
+
+planner() {
+    # shellcheck disable=SC2086
+    "$python" benchmarks/planner.py several ${PLANNER:-}
 }
 
 {

@@ -22,10 +22,11 @@ NAME=wheels.tar.part.
 
 usage() {
     sed -n 's/^# \{0,1\}//; 2,5p' "$0" >&2
-    exit 2
+    exit "$1"
 }
 
-[ $# -ge 2 ] || usage
+case ${1:-},${2:-} in -h,* | --help,*) usage 0 ;; *,-*) usage 2 ;; esac
+[ $# -ge 2 ] || usage 2
 mkdir -p "$2"
 act=$1 folder=$(cd "$2" && pwd)
 shift 2
@@ -134,4 +135,4 @@ te_torch() {
     "${pip[@]}" "$folder"/built/*.whl
 }
 
-case $act in pack) pack "$@" ;; install) install "$@" ;; *) usage ;; esac
+case $act in pack) pack "$@" ;; install) install "$@" ;; *) usage 2 ;; esac

@@ -121,7 +121,7 @@ def flops_per_token(model: Model, seq_len: int, causal: bool = False) -> int:
     attention = _projections(model) + both * seq_len // (2 if causal else 1)      # multiply-adds per token
     matrices = 3 if model.gated else 2
     routed = model.moe.top_k * model.moe_ffn_hidden_size + model.moe.shared_expert_ffn_hidden_size
-    mtp = model.mtp.num_layers if model.mtp.loss_weight else 0      # each a layer, a projection of [2h] to [h] and logits of its own
+    mtp = model.mtp.num_learning      # each a layer, a projection of [2h] to [h] and logits of its own
     layers = sum(attention + matrices * h * (routed if is_moe else model.ffn_hidden_size) for is_moe in model.moe_layers + mtp * model.moe_layers[-1:])
     return 3 * 2 * (layers + mtp * 2 * h * h + (1 + mtp) * h * model.padded_vocab_size)
 

@@ -73,6 +73,11 @@ class Mtp(Section):
     loss_weight: float = Field(0.3, ge=0)
     """Weight of their loss (DeepSeek-V3: 0.3, later 0.1); 0 keeps these layers as they are: not computed, not changed, saved."""
 
+    @property
+    def num_learning(self) -> int:
+        """Those that are computed and learn; without a weight there are none."""
+        return self.num_layers if self.loss_weight else 0
+
 
 class Model(Section):
     family: str

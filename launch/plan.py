@@ -8,6 +8,7 @@ Exit codes: 0 a layout fits, 1 none does, 2 usage or configuration.
 
 import argparse
 import json
+import signal
 import sys
 
 ERROR, USAGE = 1, 2
@@ -16,7 +17,7 @@ ERROR, USAGE = 1, 2
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs altogether (default 8)")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="their kind: engine/planner/cluster.py has the names (default h100)")
     parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in; the default fills machines of 8")
@@ -34,6 +35,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # what reads it (head) may have enough
     args = arguments()
     from engine.config import ConfigError
 
@@ -63,6 +65,11 @@ def plan(args) -> int:
     answer = search(base, cluster, pins)
     if args.fp8:
         answer = merged(answer, search(with_fp8(base, cluster), cluster, pins))
+    if args.write and answer.plans:
+        if args.choose > len(answer.plans):
+            raise ConfigError([f"--choose {args.choose}, but {len(answer.plans)} layouts fit"])
+        write(raw, answer.plans[args.choose - 1], args.write)
+        print(f"wrote layout {args.choose} into {args.write}", file=sys.stderr)
     if args.json:
         print(json.dumps(as_dict(answer, base, cluster, options), indent=1))
     else:
@@ -70,11 +77,6 @@ def plan(args) -> int:
     if not answer.plans:
         print("\n" + what_would_help(answer, base, cluster, pins), file=sys.stderr if args.json else sys.stdout)
         return ERROR
-    if args.write:
-        if args.choose > len(answer.plans):
-            raise ConfigError([f"--choose {args.choose}, but {len(answer.plans)} layouts fit"])
-        write(raw, answer.plans[args.choose - 1], args.write)
-        print(f"\nwrote layout {args.choose} into {args.write}", file=sys.stderr)
     return 0
 
 

@@ -56,12 +56,13 @@ def saved_by(network, run, place):
     """[(bytes saved, bytes of logits)] for each chunk of this rank."""
     import torch
 
-    from engine.mcore import build
+    from engine.mcore import build, mtp
 
     batch_size, seq_len = run.train.micro_batch, run.train.seq_len
     text = torch.randint(0, run.model.vocab_size, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(1))
-    batch = network._place(dict(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(batch_size, seq_len),
-                                position_ids=torch.arange(seq_len).expand(batch_size, seq_len)))
+    batch = dict(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(batch_size, seq_len),
+                 position_ids=torch.arange(seq_len).expand(batch_size, seq_len))
+    batch = network._place({**batch, **(mtp.targets(batch, run.model.mtp.num_layers) if network.learns_further else {})})
     own = {parameter.untyped_storage().data_ptr() for chunk in network.chunks for parameter in chunk.parameters()}
     stream = seq_len // place.cp // (place.tp if run.parallel.sequence_parallel else 1)
     found = []
@@ -78,8 +79,9 @@ def saved_by(network, run, place):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output, _ = network._forward_step(iter([batch]), chunk, lambda *_: None)
-        found.append((sum(storages.values()), _logits(output)))
+            output, on_output = network._forward_step(iter([batch]), chunk, lambda *_: None)
+        outputs = [output, on_output.args[0]["further_output"]] if "further_output" in on_output.args[0] else [output]
+        found.append((sum(storages.values()), sum(map(_logits, outputs))))
     return found
 
 

@@ -21,6 +21,16 @@ def test_rows_run_on_a_cpu(tmp_path):
     assert [float(row[5]) > 0 for row in cells if row[5]] == [True, True]
 
 
+def test_the_one_command_says_what_it_does_and_does_nothing_by_mistake(tmp_path):
+    def said(*arguments):
+        return subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    asked = said("--help")
+    assert asked.returncode == 0 and "doctor, tests, table, planner (all)" in asked.stdout and asked.stdout.splitlines()[-1].startswith("planner.txt")
+    assert said("--dry-run").returncode == 2 and said(str(tmp_path / "results"), "speed").returncode == 2
+    assert not list(tmp_path.iterdir()) and not (ROOT / "--help").exists()
+
+
 def test_a_row_is_told_by_medians_and_a_missing_library_by_name():
     row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {}), "other": ("torch_llama", {})}, "at least 2x")
     found = {"ours": {"seconds": [0.1, 0.2, 0.9], "flops": 4e12, "peak_gib": 3.0, "above_gib": 1.0},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,20 @@ import parity_table
 import planner_probe
 import pytest
 import ranks
+from engine import metrics
 from engine.config import ConfigError, load_config, validate
 from engine.planner import budget
 from engine.planner.activations import Saved
-from engine.planner.cluster import make_cluster
+from engine.planner.cluster import kind_of, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.search import own_layout, read, search, write
 from engine.planner.time import step_time
-from engine.planner.weights import chunks, weights
+from engine.planner.weights import chunks, spread, weights
 
 ROOT = Path(__file__).parents[1]
 LLAMA8B = str(ROOT / "examples/llama3_8b/pretrain.yaml")
+DEEPSEEK = str(ROOT / "examples/deepseek_v3/pretrain.yaml")
 
 
 def raw(model: dict, layout: dict, train: dict, **sections) -> dict:
@@ -35,6 +38,8 @@ LORA = {"lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}}
 ALL_LORA = {"lora": {"rank": 4, "dora": True, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}}
 BF16 = {"precision": "bf16"}
 SP = dict(sequence_parallel=True)
+MTP = {**parity_table.DENSE, "mtp": dict(num_layers=2)}
+KEPT = dict(num_layers=1, loss_weight=0)      # modules for further tokens that have no loss
 FURTHER = [      # beside the layouts of the parity table: precisions, adapters, a scalar head
     (1, raw(parity_table.DENSE, {}, BF16)),
     (1, raw(parity_table.DENSE, {}, {}, **LORA)),
@@ -44,6 +49,10 @@ FURTHER = [      # beside the layouts of the parity table: precisions, adapters,
     (2, raw(parity_table.DENSE, dict(tp=2, **SP), BF16, **ALL_LORA)),
     (2, raw(parity_table.MOE, dict(tp=2, **SP, etp=1, ep=2, zero1=True), BF16, **ALL_LORA)),
     (2, raw(parity_table.MODELS["latent-moe"], dict(ep=2, zero1=True), BF16)),
+    (2, raw(MTP, dict(pp=2, vpp=2, zero1=True), BF16)),      # an embedding of its own on the last rank
+    (2, raw({**parity_table.MODELS["latent-moe"], "mtp": KEPT}, dict(pp=2, zero1=True), BF16)),
+    (1, raw({**parity_table.DENSE, "mtp": KEPT}, {}, BF16, **LORA)),
+    (4, raw(MTP, dict(tp=2, **SP, pp=2, zero1=True, overlap_grad_reduce=True), BF16)),
 ]
 
 
@@ -51,7 +60,7 @@ def of_parity_table(num_ranks: int):
     """One case of the parity table for each way of laying weights out; schedules, micro-batches, losses and recomputation do not change them."""
     found, like_others = {}, ("window", "moe-seq", "moe-global", "moe-bias", *(("dense",) if num_ranks == 8 else ()))      # eight are dear
     for row in parity_table.CASES:
-        if row.ranks == num_ranks and row.model not in like_others and "mtp" not in parity_table.MODELS[row.model]:  # what the planner refuses
+        if row.ranks == num_ranks and row.model not in like_others:
             found.setdefault((row.model, str(row.layout)), raw(parity_table.MODELS[row.model], row.layout, {}))
     return list(found.values())
 
@@ -93,6 +102,12 @@ SAVED = [
     (2, raw(GQA, dict(pp=2), {**TWO, "recompute": "selective"})),
     (2, raw(EXPERTS, dict(tp=2, **SP), TWO)),
     (2, raw(LATENT_EXPERTS, dict(tp=2, **SP, ep=2, etp=1), TWO)),
+    (1, raw({**GQA, "mtp": dict(num_layers=2)}, {}, TWO)),
+    (1, raw({**GQA, "mtp": KEPT}, {}, TWO)),
+    (2, raw({**GQA, "mtp": dict(num_layers=2)}, dict(tp=2, **SP), TWO)),
+    (2, raw({**GQA, "mtp": dict(num_layers=2)}, dict(tp=2), {**TWO, "recompute": "full"})),
+    (2, raw({**LATENT_EXPERTS, "mtp": dict(num_layers=1)}, dict(pp=2), TWO)),
+    (2, raw({**LATENT_EXPERTS, "mtp": dict(num_layers=1)}, dict(cp=2), {**TWO, "recompute": "selective"})),
 ]
 
 
@@ -147,6 +162,26 @@ def test_layers_that_do_not_divide_are_spread(tmp_path):
     assert load_config(tmp_path / "out.yaml", world_size=16).parallel == answer.plans[0].run.parallel
 
 
+def test_modules_for_further_tokens_count_as_layers_of_the_last_chunk(tmp_path):
+    assert spread(61, 16, 1) == [3, *[4] * 14, 2] and spread(31, 4, 1) == [8, 8, 8, 7] and spread(32, 4, 1) == [8, 8, 9, 7]
+    assert spread(5, 4, 1) == spread(5, 4) == [1, 1, 2, 1] and spread(4, 4, 2) == [] and spread(7, 4, 3) == [2, 2, 2, 1]
+    base, file, pins = read(DEEPSEEK, ["parallel.pp=16", "parallel.tp=2", "parallel.ep=64", "parallel.etp=1", "parallel.cp=1", "parallel.vpp=1"])
+    answer = search(base, make_cluster("h100", 1024), pins)
+    assert answer.plans and answer.plans[0].run.parallel.pp_layers == [3, *[4] * 14, 2]
+    write(file, answer.plans[0], str(tmp_path / "out.yaml"))
+    assert load_config(tmp_path / "out.yaml", world_size=1024).parallel == answer.plans[0].run.parallel
+
+
+def test_further_tokens_cost_what_their_flops_say():
+    run = own_layout(read(LLAMA8B, ["parallel.tp=1", "parallel.sequence_parallel=false"])[1], make_cluster("h100", 8))[0].run
+    deeper = run.model_copy(update={"model": run.model.model_copy(update={"mtp": run.model.mtp.model_copy(update={"num_layers": 2})})})
+    kept = deeper.model_copy(update={"model": deeper.model.model_copy(update={"mtp": deeper.model.mtp.model_copy(update={"loss_weight": 0.0})})})
+    spent, more, same = (step_time(one, make_cluster("h100", 8), "te") for one in (run, deeper, kept))
+    flops, further = (metrics.flops_per_token(one.model, 0) for one in (run, deeper))      # without attention
+    assert more.gemm / spent.gemm == pytest.approx(further / flops, rel=0.01)
+    assert more.attention / spent.attention == pytest.approx(34 / 32) and same.gemm == spent.gemm
+
+
 def test_overrides_fix_parts_of_a_layout():
     base, _, pins = read(LLAMA8B, ["parallel.tp=4", "train.recompute=full", "optim.lr=1e-4"])
     plans = search(base, make_cluster("h100", 16), pins).plans
@@ -186,6 +221,17 @@ def published():
     import _planner_published
 
     return _planner_published
+
+
+def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
+    import planner
+
+    for name, (model, train) in planner.SEVERAL.items():
+        plan, problems = own_layout(raw(model, {}, {"precision": "bf16", **train}, run={"dir": "unused", "device": "cuda"}), make_cluster("h100", 1))
+        assert not problems and plan.fits, name
+    assert [kind_of(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200")] == ["h100", "h100-pcie", "h200"]
+    with pytest.raises(ConfigError, match="Tesla T4 is no GPU known here"):
+        kind_of("Tesla T4")
 
 
 def test_published_runs_fit(published):
@@ -257,6 +303,8 @@ def test_bad_clusters_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         make_cluster("h100", 12, network="fast", memory_gib=-1)
     assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError, match="--gpu-memory nan"):
+        make_cluster("h100", 8, memory_gib=float("nan"))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------
@@ -294,6 +342,15 @@ def test_fp8_is_tried_where_it_is_asked_for_and_can_be_had(tmp_path):
     assert load_config(tmp_path / "fp8.yaml", world_size=8).train.fp8.recipe == "tensorwise"      # the fastest
     assert "A100 has no FP8" in command(LLAMA8B, "--fp8", "--gpu", "a100", code=2).stderr
     assert "train.backend=torch" in command(LLAMA8B, "--fp8", "train.backend=torch", code=2).stderr
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word(tmp_path):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end) as out:
+        done = subprocess.run([sys.executable, "launch/plan.py", LLAMA8B, "--gpus", "8", "--write", str(tmp_path / "out.yaml")], cwd=ROOT, stdout=out,
+                              stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGPIPE and done.stderr == f"wrote layout 1 into {tmp_path}/out.yaml\n"
 
 
 def test_nothing_fits_and_what_would_help():

@@ -56,7 +56,7 @@ def probe(*arguments: str, env: dict | None = None) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, "PYTHONPATH": path, **(env or {})})
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {TIMEOUT} s"}
+        return {"error": f"no answer in {TIMEOUT} s; if this machine is busy, ask again when it is not"}
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):

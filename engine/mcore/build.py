@@ -68,7 +68,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
     init = torch.nn.init.zeros_ if train.fp8.params else _leave
     return TransformerConfig(
         num_layers=model.num_layers,
-        mtp_num_layers=model.mtp.num_layers if learns_further(model) else None,  # has megatron keep an embedding on the last pp rank
+        mtp_num_layers=model.mtp.num_learning or None,  # has megatron keep an embedding on the last pp rank
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -104,7 +104,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         tensor_model_parallel_size=p.tp,
         pipeline_model_parallel_size=p.pp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
-        pipeline_model_parallel_layout=_chunks(p.pp_layers, model.mtp.num_layers if learns_further(model) else 0),
+        pipeline_model_parallel_layout=_chunks(p.pp_layers, model.mtp.num_learning),
         context_parallel_size=p.cp,
         cp_comm_type="all_gather" if model.sliding_window else "p2p",  # te's ring has no sliding window; torch always gathers
         expert_model_parallel_size=p.ep,
@@ -134,7 +134,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
 
 def learns_further(model) -> bool:
     """Are there layers for further tokens, with a loss of their own?"""
-    return model.mtp.num_layers > 0 and model.mtp.loss_weight > 0
+    return model.mtp.num_learning > 0
 
 
 def _sigmoid_gate(alpha: float, x):

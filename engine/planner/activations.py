@@ -41,17 +41,16 @@ class Saved:
         if chunk.is_first:
             total += 8 * self.tokens * (2 if model.position == "learned" else 1) + self._dropped(self.stream * model.hidden_size)
         if chunk.is_last:
-            total += self.stream * model.hidden_size * self.bytes + self._statistics(self.stream, model.hidden_size)
-            total += self.tokens * model.hidden_size * self.bytes      # what the output layer multiplies, gathered under sequence parallel
-            total += self.tokens * 13 if model.head == "tokens" else 0      # labels int64, a flag, log-sum-exp fp32
+            total += self._normed_residual() + self._output() + self._further()
         if chunk.layers and self.run.train.recompute == "full" and model.position == "rope":
             total += 4 * self.seq * model.rope_dims      # the angles, handed to every layer
         return total
 
     @property
     def logits(self) -> int:
-        """Kept by the last chunk from forward to backward, in the model's precision."""
-        return self.tokens * self.model.padded_vocab_size // self.tp * self.bytes if self.model.head == "tokens" else 0
+        """Kept by the last chunk from forward to backward, in the model's precision; those of further tokens too."""
+        rows = self.tokens * (1 + self.model.mtp.num_learning)
+        return rows * self.model.padded_vocab_size // self.tp * self.bytes if self.model.head == "tokens" else 0
 
     def layer(self, is_moe: bool, is_windowed: bool = False) -> int:
         """One layer: everything, all but the core attention, or its input alone, as train.recompute says."""
@@ -64,6 +63,24 @@ class Saved:
     def whole_layer(self, is_moe: bool, is_windowed: bool = False) -> int:
         return self._attention(is_windowed) + (self._moe() if is_moe else self._mlp(self.model.ffn_hidden_size))
 
+    def _output(self) -> int:
+        """What the output layer multiplies, gathered under sequence parallel; labels int64, a flag, log-sum-exp fp32."""
+        return self.tokens * (self.model.hidden_size * self.bytes + 13 * (self.model.head == "tokens"))
+
+    def _further(self) -> int:
+        """Modules for further tokens, but for their transformer layers."""
+        model, num = self.model, self.model.mtp.num_learning
+        h, is_split = model.hidden_size, self.tokens > self.stream
+        if not num:
+            return 0
+        one = 8 * self.tokens + self._dropped(self.stream * h) + self._output()      # of the embedding and of the output layer
+        if self.run.train.recompute != "full":
+            # Norms of the embedding and of the hidden states, whose outputs are joined; the layer, which begins with a part of a whole sequence; a norm.
+            one += self._normed_residual() + self._statistics(self.stream, h) + 2 * self.stream * h * self.input_bytes
+            one += (self.tokens - self.stream) * h * self.bytes + self._normed_residual()
+        # Hidden states that a module reads: without sequence parallel the first one's are those that the output layer keeps.
+        return num * one + (num - 1 + is_split) * self.stream * h * self.bytes
+
     # --- parts of a layer ---------------------------------------------------------------------------------------------
 
     def _statistics(self, tokens: int, width: int) -> int:
@@ -73,6 +90,10 @@ class Saved:
     def _dropped(self, numel: int) -> int:
         """The mask of a dropout: one byte on a GPU, on a CPU a number of the model's precision."""
         return numel * (self.bytes if self.device == "cpu" else 1) if self.model.hidden_dropout else 0
+
+    def _normed_residual(self) -> int:
+        """The input of a norm that is there in every model, and what it keeps."""
+        return self.stream * self.model.hidden_size * self.bytes + self._statistics(self.stream, self.model.hidden_size)
 
     def _residual_and_norm(self) -> int:
         """The residual stream (input of the norm, or of the product where there is no norm in front) and what the norm keeps."""

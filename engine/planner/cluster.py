@@ -100,7 +100,7 @@ def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "",
         kind = replace(kind, per_node=num_gpus // num_nodes)
     elif num_gpus > kind.per_node and num_gpus % kind.per_node:
         problems.append(f"--gpus {num_gpus} fills no whole number of nodes of {kind.per_node}; say --nodes too")
-    if memory_gib < 0:
+    if not 0 <= memory_gib < float("inf"):
         problems.append(f"--gpu-memory {memory_gib:g} is no size in GiB")
     elif memory_gib:
         kind = replace(kind, memory_gib=memory_gib)
@@ -111,6 +111,14 @@ def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "",
     if problems:
         raise ConfigError(problems)
     return Cluster(kind, num_gpus, network if network in NETWORKS else "network", speed)
+
+
+def kind_of(device_name: str) -> str:
+    """The name in GPUS of what torch calls "NVIDIA H100 80GB HBM3". Raises ConfigError."""
+    found = [name for name, gpu in GPUS.items() if gpu.name.lower() in device_name.lower()]
+    if not found:
+        raise ConfigError([f"{device_name} is no GPU known here; --gpu names one that is like it: {', '.join(GPUS)}"])
+    return max(found, key=len)
 
 
 def _speed(network: str) -> float | None:

@@ -77,7 +77,7 @@ def _grids(base, cluster, pins) -> Iterator[dict]:
                     continue      # no layout of that many GPUs; of what a user fixed the checks shall say so
                 for vpp in values("vpp", _chunk_counts(model.num_layers, pp)):
                     for ep, etp in _experts(model, tp, world // pp, values):
-                        uneven = spread(model.num_layers, pp * vpp) if pp * vpp <= model.num_layers else []
+                        uneven = spread(model.num_layers, pp * vpp, model.mtp.num_learning) if pp * vpp <= model.num_layers else []
                         yield dict(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=pins.get("sequence_parallel", tp > 1),
                                    zero1=pins.get("zero1", True), pp_layers=pins.get("pp_layers", uneven))
 

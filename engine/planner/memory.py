@@ -84,7 +84,10 @@ def _workspace(run, saved: Saved, own, backend: str) -> int:
     layer = max((_layer_workspace(run, saved, backend, *kind) for kind in count_kinds(model, own)), default=0)
     loss = 0
     if own[-1].is_last and model.head == "tokens":
-        loss = model.padded_vocab_size // p.tp * h * saved.bytes + min(saved.logits, LOSS_CHUNK) * 8 // saved.bytes + saved.tokens * h * saved.bytes
+        # Next tokens and all further ones are two products with one matrix: the first one's gradients wait for the second one's.
+        further = model.mtp.num_learning
+        matrices, rows = 1 + (further > 0), saved.tokens * (1 + further)
+        loss = (matrices * model.padded_vocab_size // p.tp + rows) * h * saved.bytes + min(saved.logits, LOSS_CHUNK) * 8 // saved.bytes
     return max(layer, loss)
 
 

@@ -184,9 +184,6 @@ def read(path: str, overrides: list[str]) -> tuple[RunConfig, dict, dict]:
     run = validate(bare)
     if run.stage in STAGES and run.stage not in PLANNED:
         raise ConfigError([f"stage={run.stage} trains beside other networks, which the planner does not count; it plans {', '.join(PLANNED)}"])
-    if run.model.mtp.num_layers:
-        raise ConfigError([f"model.mtp.num_layers={run.model.mtp.num_layers}: the planner does not count modules for further tokens; plan with "
-                           "model.mtp.num_layers=0, and leave room for a layer, an embedding and logits more on the last pp rank"])
     return for_planning(run, parallel.get("tp_comm_overlap", False)), raw, pins
 
 

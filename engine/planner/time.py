@@ -86,16 +86,29 @@ class _Step:
         for kind, num in count_kinds(self.model, own).items():
             for name, seconds in self._layer(*kind).items():
                 parts[name] += num * seconds
+        further = self.model.mtp.num_learning
         if own[-1].is_last and self.model.head == "tokens":
             rows, width = self.saved.tokens, self.model.padded_vocab_size // self.p.tp
-            parts["gemm"] += 3 * self._product(rows, self.model.hidden_size, width, self.peak)
-            parts["elementwise"] += 6 * rows * width * self.bytes / self.memory
-            parts["tp"] += 2 * self._over_tp()
+            parts["gemm"] += 3 * (1 + further) * self._product(rows, self.model.hidden_size, width, self.peak)
+            parts["elementwise"] += 6 * (1 + further) * rows * width * self.bytes / self.memory
+            parts["tp"] += 2 * (1 + further) * self._over_tp()
+        if own[-1].is_last and further:      # whose layers are counted with the others
+            for name, seconds in self._further_module().items():
+                parts[name] += further * seconds
         if own[0].is_first:
             parts["elementwise"] += 4 * self.saved.stream * self.model.hidden_size * self.bytes / self.memory
         if self.p.pp > 1:
             parts["pp"] += self._between_stages()
         return parts
+
+    def _further_module(self) -> dict[str, float]:
+        """A module for a further token, but for its transformer layer: the embedding, norms and the product that joins them."""
+        s, h, again = self.saved, self.model.hidden_size, self.recompute == "full"
+        # Forward it gathers both inputs and the outputs; backward gradients are scattered, and both inputs gathered for the weight's.
+        exposed = 3 * (1 + again) + 5 * c.BACKWARD_TP if self.p.sequence_parallel else 1 + again + 4 * c.BACKWARD_TP
+        return {"gemm": (3 + again) * self._product(s.tokens, 2 * h, h // self.p.tp, self.layer_peak),
+                "elementwise": (4 + (3 + again) * 12) * s.stream * h * self.bytes / self.memory,      # three norms and a copy into one tensor
+                "tp": (2 + exposed) * self._over_tp()}
 
     # --- one layer ----------------------------------------------------------------------------------------------------
 

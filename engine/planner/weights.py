@@ -6,12 +6,13 @@
 Parameters are listed in the order in which megatron's modules name them (engine/mcore/build.py makes them), because with zero1 the padding
 of the flat buffers, and what each dp rank owns of them, depend on it (megatron's param_and_grad_buffer.py). tests/planner compares the sums
 with what CPU ranks allocate. Under Transformer Engine modules are fused and the order of some small tensors differs: sums are the same but for padding.
+Modules for further tokens (engine/mcore/mtp.py) stand behind the last layer, with an embedding of their own where the chunk does not begin the model.
 Left out: tune.freeze (frozen parts are counted as if they learned), buffers that are no parameters (the router's bias, RoPE's periods).
 """
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -23,7 +24,8 @@ BUCKET = 40_000_000      # elements; megatron's default, or a million for each d
 
 @dataclass(frozen=True)
 class Chunk:
-    """A model chunk of one pp rank: layers [first, last), the embedding if it begins the model, final norm and output if it ends it."""
+    """A model chunk of one pp rank: layers [first, last), the embedding if it begins the model; if it ends it final norm, modules for further tokens
+    and output."""
 
     first: int
     last: int
@@ -69,14 +71,18 @@ def _chunks(sizes: tuple[int, ...], pp: int):
     return tuple(tuple(made[rank::pp]) for rank in range(pp))
 
 
-def spread(layers: int, num_chunks: int) -> list[int]:
+def spread(layers: int, num_chunks: int, further: int = 0) -> list[int]:
     """parallel.pp_layers for layers that do not divide evenly: the chunks at both ends, which hold the embedding and the loss, are the first to have
-    one less (as in Llama 3, arXiv 2407.21783, sec. 3.3.2). Empty where they divide evenly."""
-    missing = -layers % num_chunks
-    sizes = [-(-layers // num_chunks)] * num_chunks
+    one less (as in Llama 3, arXiv 2407.21783, sec. 3.3.2). Empty where they divide evenly. Modules for further tokens count as layers of the last chunk,
+    as far as that leaves it one of its own."""
+    missing = -(layers + further) % num_chunks
+    sizes = [-(-(layers + further) // num_chunks)] * num_chunks
     for i in range(missing):
         sizes[-1 - i // 2 if i % 2 else i // 2] -= 1
-    return sizes if missing else []
+    sizes[-1] -= further
+    if sizes[-1] < 1:
+        return spread(layers, num_chunks, further - 1)
+    return sizes if len(set(sizes)) > 1 else []
 
 
 @lru_cache(maxsize=64)
@@ -86,14 +92,17 @@ def _layer_kinds(model) -> tuple[tuple[bool, bool], ...]:
 
 
 def count_kinds(model, own: tuple[Chunk, ...]) -> dict[tuple[bool, bool], int]:
-    """How many layers of each kind these chunks hold."""
+    """How many layers of each kind these chunks compute, those in modules for further tokens among them."""
     return _count_kinds(_Key(model), own)
 
 
 @lru_cache(maxsize=4096)
 def _count_kinds(model, own):
     kinds = _layer_kinds(model)
-    return Counter(kinds[i] for chunk in own for i in chunk.layers)
+    found = Counter(kinds[i] for chunk in own for i in chunk.layers)
+    if own[-1].is_last and model.mtp.num_learning:
+        found[kinds[-1]] += model.mtp.num_learning
+    return found
 
 
 def alike(run) -> list[int]:
@@ -199,19 +208,23 @@ def _learning(model, lora, tp, expert_tp, ep, pp, own, seq_len) -> tuple[int, in
 def _chunk_parameters(model, lora, tp: int, expert_tp: int, ep: int, pp: int, chunk: Chunk, seq_len: int) -> tuple[Parameter, ...]:
     sizes, h = _Sizes(model, lora, tp, expert_tp, ep), model.hidden_size
     vocabulary = model.padded_vocab_size // tp * h
-    is_tied = model.tie_embeddings and model.head == "tokens"
+    is_tied, further = model.tie_embeddings and model.head == "tokens", model.mtp.num_learning
+    embedding = Parameter(vocabulary, is_alone=(is_tied or further > 0) and pp > 1, learns=sizes.base)
     found = []
     if chunk.is_first:
-        found.append(Parameter(vocabulary, is_alone=is_tied and pp > 1, learns=sizes.base))
+        found.append(embedding)
         if model.position == "learned":
             found.append(Parameter((model.max_position or seq_len) * h, learns=sizes.base))
+    elif chunk.is_last and further:
+        found.append(embedding)      # a copy
     for layer in chunk.layers:
         found += sizes.layer(_layer_kinds(model)[layer][0])
     if chunk.is_last:
         found += sizes.norm(h)
+        found += sizes.further_module() * model.mtp.num_layers
         if model.head == "scalar":
             found.append(Parameter(h))
-        elif not is_tied or pp > 1:
+        elif not is_tied or pp > 1 and not further:      # tied to the copy, it has no matrix of its own
             found.append(Parameter(vocabulary, is_alone=is_tied, learns=sizes.base))
     return tuple(found)
 
@@ -247,6 +260,15 @@ class _Sizes:
             before, behind = (self.norm(model.hidden_size) if place in where else [] for where in (("pre", "both"), ("post", "both")))
             self._layers[is_moe] = [*before, *self._attention(), *behind, *before, *(self._moe() if is_moe else self._mlp(model.ffn_hidden_size)), *behind]
         return self._layers[is_moe]
+
+    def further_module(self) -> list[Parameter]:
+        """A module for a further token: norms of the embedding and of the hidden states, what joins them, a layer of the last one's kind, a norm."""
+        model, norm = self.model, self.norm(self.model.hidden_size)
+        joined = Parameter(model.hidden_size // self.tp * 2 * model.hidden_size, True, learns=self.base)
+        found = [*norm, *norm, joined, *self.layer(model.moe_layers[-1]), *norm]
+        if model.mtp.num_learning:
+            return found
+        return [replace(parameter, learns=False) for parameter in found if self.base or not parameter.learns]      # they have no adapters
 
     def norm(self, width: int) -> list[Parameter]:
         return [Parameter(width, learns=self.base)] * (1 if self.model.norm == "rmsnorm" else 2)

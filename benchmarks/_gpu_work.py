@@ -30,7 +30,7 @@ def run_of(sizes: dict, **sections):
 
     model = {"family": "llama", "num_layers": sizes["layers"], "hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"],
              "num_attention_heads": sizes["heads"], "num_query_groups": sizes.get("groups", 0), "vocab_size": sizes["vocab"],
-             "tie_embeddings": sizes.get("tied", False), **sizes.get("model", {})}
+             "tie_embeddings": sizes.get("tied", False), "activation": "swiglu" if sizes.get("gated", True) else "gelu", **sizes.get("model", {})}
     raw = {"run": {"dir": "unused", "device": sizes["device"]}, "model": model, "data": {"train": ["unused"]},
            "train": {"seq_len": sizes["seq"], "micro_batch": sizes["batch"], "global_batch": sizes["batch"], "steps": 1, "precision": BF16},
            "parallel": {"zero1": True}}
@@ -95,11 +95,13 @@ def megatron(sizes: dict):
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
+    gated = sizes.get("gated", True)
     config = TransformerConfig(
         num_layers=sizes["layers"], hidden_size=sizes["hidden"], ffn_hidden_size=sizes["ffn"], num_attention_heads=sizes["heads"],
-        num_query_groups=sizes.get("groups") or sizes["heads"], normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        num_query_groups=sizes.get("groups") or sizes["heads"], normalization="RMSNorm", gated_linear_unit=gated,
+        activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, bf16=True, params_dtype=torch.bfloat16, bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=on_gpu, apply_rope_fusion=on_gpu, masked_softmax_fusion=False, persist_layer_norm=on_gpu,
+        bias_activation_fusion=on_gpu and gated, apply_rope_fusion=on_gpu, masked_softmax_fusion=False, persist_layer_norm=on_gpu,
         gradient_accumulation_fusion=on_gpu, cross_entropy_loss_fusion=on_gpu, cross_entropy_fusion_impl="te" if on_gpu else "native")
     spec = get_gpt_layer_with_transformer_engine_spec() if on_gpu else get_gpt_layer_local_spec(normalization="RMSNorm")
     layers._grad_accum_fusion_available = on_gpu  # the output layer would ask for apex when it is built; see spec_te.py

@@ -71,6 +71,8 @@ def test_a_hugging_face_folder_beside_every_checkpoint(raw_run):
         assert torch.equal(tensors["model.norm.weight"], stored["decoder.final_layernorm.weight"])
         assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], stored["decoder.layers.1.mlp.linear_fc2.weight"])
     assert "logits not compared" in (folder / "hf" / "iter_0000002" / "README.md").read_text()
+    on_ranks(2, merged(raw, {"train": {"steps": 3}, "checkpoint": {"keep_last": 1}}))
+    assert [path.name for path in (folder / "hf").iterdir()] == checkpoints(raw) == ["iter_0000003"]
 
 
 def test_a_folder_that_cannot_be_written_ends_no_training(raw_run):

@@ -146,6 +146,13 @@ def test_help_needs_no_torch(no_torch, script):
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
+def test_a_cpu_rank_starts_without_the_compiler():
+    """megatron decorates functions with torch.compile at import, which costs seconds of every start."""
+    done = python("-c", "import sys, engine.train; print([name for name in ('torch._dynamo', 'torch._inductor.compile_fx') if name in sys.modules])",
+                  CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
 def test_configuration_errors_need_no_torch(no_torch, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("run: {dir: x}\nmodel: {family: lama}\ntrain: {seq_len: 8, global_batch: 2, steps: 1}\n")

@@ -247,7 +247,7 @@ def stored(source: Path, args: argparse.Namespace):
     checkpoint = engine_checkpoints()
     if (source / "config.json").is_file():
         raise checkpoint.CheckpointError(f"{source} is a Hugging Face folder; from-hf makes a checkpoint of it")
-    folder = checkpoint.find(source)
+    folder = run_folder.find(source, check=False)  # not an older one in silence, should the newest be damaged
     if folder is None:
         raise checkpoint.CheckpointError(f"{source} holds no complete checkpoint; name a run's checkpoints folder, or one iter_ folder in it")
     if not args.no_hashes and (found := run_folder.problems(folder, strict=False)):

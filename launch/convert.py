@@ -60,7 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from_megatron.add_argument("source", metavar="MEGATRON_DIR", type=Path, help="its folder with latest_checkpointed_iteration.txt, or one iter_ folder")
     from_megatron.add_argument("target", metavar="CKPT_DIR", type=Path, help="checkpoint to write; must not exist")
     from_megatron.add_argument("--config", metavar="YAML", type=Path, required=True, help="a run's configuration whose model section is this model")
-    from_hf.add_argument("--no-hashes", action="store_true", help="neither check HF_DIR's files against its hashes.json, nor make one for CKPT_DIR and wait for the disk")
+    from_hf.add_argument("--no-hashes", action="store_true",
+                         help="neither check HF_DIR's files against its hashes.json, nor make one for CKPT_DIR and wait for the disk")
     for command in (to_hf, to_peft, average, upcycle):
         command.add_argument("--no-hashes", action="store_true", help="do not check every byte of the source against its hashes.json")
     for command in (from_hf, to_hf):

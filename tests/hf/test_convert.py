@@ -197,7 +197,7 @@ def test_pickles_are_read_when_allowed_and_run_nothing(convert, tiny, tmp_path, 
     assert "differ by at most" in capsys.readouterr().out
 
     torch.save(dict(model.tensors), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # as before torch 1.6
-    assert convert.main(["from-hf", str(folder), str(tmp_path / "old"), "--allow-pickle"]) == 0
+    assert convert.main(["from-hf", str(folder), str(tmp_path / "legacy"), "--allow-pickle"]) == 0
 
     class Payload:
         def __reduce__(self):

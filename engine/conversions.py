@@ -112,7 +112,7 @@ def average(args: argparse.Namespace, draft: Path) -> str:
         raise ConfigError([f"{args.source[are_hf.index(False)]} is no Hugging Face folder and {args.source[are_hf.index(True)]} is one; convert one of them first"])
     checkpoint = engine_checkpoints()
     if all(are_hf):
-        opened = [open_hf(source) for source in args.source]
+        opened = [open_hf(source, check_hashes=not args.no_hashes) for source in args.source]
         runs = [run_of(hf, tensors, source, args.target) for (hf, tensors), source in zip(opened, args.source)]
         streams = [FAMILIES[run.model.family].from_hf(run.model, tensors) for run, (_, tensors) in zip(runs, opened)]
     else:

@@ -6,7 +6,8 @@
 The pages come as they are used, and the mapping ends with the last tensor that shares it. It is private: who writes into the tensor changes memory
 and never the file. Small tensors are read, since a mapping costs a few system calls. What is written as it was mapped goes from file to file inside
 the kernel, where the file system lets it, and its pages are never seen here: about half the work.
-Left out: a file that somebody cuts short while its tensors are in use, which ends the process (SIGBUS), as with every mapping; numbers that were
+Left out: a file that somebody cuts short, or a disk that fails, while its tensors are in use, which ends the process (SIGBUS), as with every mapping (a
+reader that hashes files before has found the disk out); numbers that were
 changed through numpy, past torch's count of changes.
 """
 
@@ -44,7 +45,7 @@ _sources: dict[int, _Source] = {}  # by the address of a mapping's first number,
 
 
 def mapped(path: str | Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor [*shape] that begins `offset` bytes into a file. Raises OSError when the file ends before it does, or cannot be read there."""
+    """The tensor [*shape] that begins `offset` bytes into a file. Raises OSError when the file ends before it does."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -8,8 +8,10 @@ Rows = tuple[Tensor, ...]
 
 def whole(tensor: Tensor | Rows) -> Tensor:
     """A tensor in one piece."""
-    if isinstance(tensor, Tensor) or len(tensor) == 1:
-        return tensor if isinstance(tensor, Tensor) else tensor[0]
+    if isinstance(tensor, Tensor):
+        return tensor
+    if len(tensor) == 1:
+        return tensor[0]
     if tensor[0].is_meta:  # torch would load its compiler to join tensors without numbers
         return empty(shape_of(tensor), dtype=tensor[0].dtype, device="meta")
     return cat(tensor)

@@ -80,6 +80,11 @@ def passed_over(folder: Path, found: list[str]) -> str:
     return f"{folder} is damaged and passed over: {'; '.join(found[:3])}{f'; and {len(found) - 3} more' if len(found) > 3 else ''}"
 
 
+def export_of(folder: Path) -> Path:
+    """Where checkpoint.also_save_hf writes what belongs to the checkpoint run.dir/checkpoints/iter_N."""
+    return folder.parent.parent / "hf" / folder.name
+
+
 # --- what may go -----------------------------------------------------------------------------------------------------
 
 

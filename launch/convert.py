@@ -110,8 +110,7 @@ def settle(convert, args: argparse.Namespace) -> str:
     try:
         verdict = convert(args, draft)
     except KeyboardInterrupt:
-        if draft.exists():
-            sibling(args.target, "unverified")
+        sibling(args.target, "unverified")
         raise
     except BaseException as error:
         if draft.exists():
@@ -151,8 +150,8 @@ def upload(args: argparse.Namespace) -> int:
         hub = HfApi()
         hub.create_repo(args.upload, private=not args.public, exist_ok=True)
         hub.upload_folder(repo_id=args.upload, folder_path=args.target, commit_message=f"Upload {args.target.name}")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        print(f"error: {args.target} is complete, but was not uploaded to {args.upload}: {error}\n"
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, ValueError, KeyboardInterrupt) as error:
+        print(f"error: {args.target} is complete, but was not uploaded to {args.upload}: {error or type(error).__name__}\n"
               f"repeat with: hf upload {args.upload} {args.target}", file=sys.stderr)
         return 1
     print(f"uploaded to {args.upload}")

@@ -18,6 +18,7 @@ from engine.hf.export import DTYPES, TOKENIZER_FILES, export, full_model, tokeni
 from engine.hf.fields import HFError
 from engine.hf.load import Tensors, named
 from engine.hf.peft import Merged
+from engine.run_folder import export_of
 
 PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
@@ -62,7 +63,7 @@ def beside_checkpoint(run: RunConfig, tensors: Mapping[str, Tensor], folder: Pat
 
     tensors: those of the checkpoint. Logits are not compared here; launch/convert.py does that. Raises OSError when the disk is full.
     """
-    out = Path(run.run.dir) / "hf" / folder.name
+    out = export_of(folder)
     shutil.rmtree(out, ignore_errors=True)
     if run.lora.rank:
         run, tensors = merge(run, tensors)

@@ -403,10 +403,12 @@ def write_tensors(root: str | Path, run: RunConfig, tensors: Iterable[tuple[str,
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    stream.write(temporary, where, tensors, written=written, on_disk=safe)
+    stream.write(temporary, where, tensors, written=written)
     for name, text in {**_files(run, Position()), STAGE: "{}"}.items():
         (temporary / name).write_text(text)
     if safe:
+        for path in temporary.iterdir():
+            saving.sync(path)
         hashes.write(temporary)
     saving.commit(temporary, final)
     return final

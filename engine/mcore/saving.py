@@ -186,9 +186,9 @@ def track(root: Path, step: int) -> None:
     sync(root)
 
 
-def sync(folder: Path) -> None:
-    """fsync of a folder: the names in it are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """fsync of a file, or of a folder: the names in it are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

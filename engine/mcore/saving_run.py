@@ -90,8 +90,8 @@ class Saver:
         that were handed to the disk, and it has answered that it has them."""
         if dist.get_rank() == 0 and not run_folder.problems(final, quick=True):
             gone = run_folder.retire(final.parent, run_folder.step_of(final), self.settings.keep_last, self.settings.keep_every, self.spared)
-            for folder in gone:  # with what checkpoint.also_save_hf made of them
-                shutil.rmtree(folder.parent.parent / "hf" / folder.name, ignore_errors=True)
+            for folder in gone:
+                shutil.rmtree(run_folder.export_of(folder), ignore_errors=True)
 
 
 class _Underway:

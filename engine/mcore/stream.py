@@ -73,14 +73,14 @@ def _in_one(found: list[Place]) -> list[Place]:
 
 
 def write(folder: Path, where: Mapping[str, list[Place]], tensors: Iterable[tuple[str, torch.Tensor | Rows]], num_threads: int = 2,
-          written: Callable[[int], None] = lambda num_bytes: None, on_disk: bool = True) -> None:
-    """Write every named tensor as `where` says, in `num_threads` files. `written` hears of bytes as they go to them. on_disk: wait for the disk (fsync).
+          written: Callable[[int], None] = lambda num_bytes: None) -> None:
+    """Write every named tensor as `where` says, in `num_threads` files. `written` hears of bytes as they go to them.
 
     A tensor may come in pieces (rows.py), which are joined only where it goes to several places. Raises ValueError naming
     each tensor that is missing, unexpected or of another shape; the folder is then not a checkpoint.
     """
     waiting: queue.Queue = queue.Queue(QUEUE)
-    writers = [_Writer(folder / f"__0_{i}.distcp", waiting, written, on_disk) for i in range(num_threads)]
+    writers = [_Writer(folder / f"__0_{i}.distcp", waiting, written) for i in range(num_threads)]
     problems, missing, stored = [], dict(where), {}
     try:
         for name, rows in tensors:
@@ -131,9 +131,9 @@ def _put(waiting: queue.Queue, item, writers) -> None:
 class _Writer(threading.Thread):
     """Appends what it takes from a queue to one file, each as torch.save does, until it takes None."""
 
-    def __init__(self, path: Path, waiting: queue.Queue, written: Callable[[int], None], on_disk: bool):
+    def __init__(self, path: Path, waiting: queue.Queue, written: Callable[[int], None]):
         super().__init__(name=path.name, daemon=True)
-        self.path, self.waiting, self.written, self.on_disk = path, waiting, written, on_disk
+        self.path, self.waiting, self.written = path, waiting, written
         self.entries: list[tuple[MetadataIndex, _StorageInfo]] = []
         self.error: BaseException | None = None
         self.start()
@@ -156,8 +156,6 @@ class _Writer(threading.Thread):
                     self.written(num_bytes)
                     begin += length
                     del item, rows  # not kept while waiting for the next
-                if self.on_disk:
-                    os.fsync(file.fileno())
         except BaseException as error:
             self.error = error
 

@@ -324,3 +324,19 @@ def test_folders_of_the_other_kind_are_told(convert, tiny, tmp_path, capsys):
     assert convert.main(["from-hf", str(folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
     assert convert.main(["from-hf", str(tmp_path / "ckpt"), str(tmp_path / "out")]) == 1
     assert "it is a checkpoint of ours; to-hf" in capsys.readouterr().err
+
+
+def test_a_new_checkpoint_is_on_the_disk_before_it_has_its_name(convert, tiny, tmp_path, monkeypatch):
+    import os
+
+    synced, real = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert convert.main(["from-hf", str(tiny("llama").folder), str(tmp_path / "ckpt"), "--no-verify"]) == 0
+    named = next(i for i, path in enumerate(synced) if path.name == "ckpt.unverified")  # the folder that the rename changes
+    before = {path.name.removesuffix(".tmp") for path in synced[:named] if path.parent.name.startswith("iter_")}
+    assert before == {path.name for path in (tmp_path / "ckpt" / "iter_0000000").iterdir()} and any(name.endswith(".distcp") for name in before)

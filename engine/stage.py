@@ -161,6 +161,12 @@ class Stage:
         engine divides before the backward pass; that keeps auxiliary losses of MoE routers independent of the unit."""
         raise NotImplementedError
 
+    def proportions(self, role: str, batch: Batch) -> Tensor | None:
+        """Where the loss is a weighted sum of -log p(label) and the weights are known from the batch alone, up to a factor: these [b, s].
+        The engine then needs no memory for logits (engine/mcore/linear_ce.py), and refuses a loss whose gradient is another. Of a role
+        with head tokens, without entropy."""
+        return None
+
     def loss(self, role: str, output: Tensor, batch: Batch) -> Loss:
         """The loss of one micro-batch, from the role's output [b, s] (fp32). Last pp rank only; no collectives."""
         raise NotImplementedError

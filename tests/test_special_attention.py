@@ -9,7 +9,8 @@ import math
 import pytest
 import ranks
 import torch
-from test_torch_backend import DOCUMENTS, IDS, loss_case, may_see, random, same
+from test_linear_ce import IDS, loss_case
+from test_torch_backend import DOCUMENTS, may_see, random, same
 
 HEADS, KV_HEADS, D, E = 4, 2, 6, 5
 

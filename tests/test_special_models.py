@@ -8,18 +8,18 @@ import pytest
 import ranks
 from parity_table import CountTokens, batches, config
 
+from engine.stage import Loss, Stage
+
 MODELS = ("gemma", "moe-sinks", "latent-moe")
 
 
-class Values:
+class Values(Stage):
     """A loss on one number per token."""
 
     def count(self, role, batch):
         return batch["loss_mask"].sum()
 
     def loss(self, role, output, batch):
-        from engine.stage import Loss
-
         return Loss(sum=((output - batch["tokens"] / 100) ** 2 * batch["loss_mask"]).sum())
 
 

@@ -29,7 +29,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from engine import adapters
 from engine.mcore import lora, mtp, norms, rotary, te_problem, tune
 from engine.mcore.group_limit import limit_groups
-from engine.mcore.linear_ce import OutputLayer
+from engine.mcore.output_layer import OutputLayer
 from engine.mcore.quantized import plain_parameters
 from engine.rope import softmax_scale
 from engine.torch_only import reasons
@@ -204,12 +204,13 @@ class Network(GPTModel):
     head tokens: log p(label), computed chunk by chunk (linear_ce.py) without the padding of the vocabulary, at the places `asked` alone
     (None: all), of the distribution at `temperature`; with its entropy, [b, s, 2], while `wants_entropy`; 1 or 0 while `is_greedy`: is the label
     the most probable token? head scalar: the value of each token.
-    Given `further` (mtp.targets of the micro-batch, and its own `asked`), it leaves their log p(label) in `further_output` meanwhile.
+    proportions: what the gradient of log p(label) at the places asked will be, up to a factor, or None.
+    Given `further` (mtp.targets of the micro-batch, its own `asked` and `proportions`), it leaves their log p(label) in `further_output` meanwhile.
     """
 
     is_greedy = wants_entropy = False
     temperature = 1.0
-    asked = further = further_output = None  # of the micro-batch at hand
+    asked = proportions = further = further_output = None  # of the micro-batch at hand
 
     def __init__(self, *args, model, mtp_block_spec, **kwargs):
         is_tied, learns = model.tie_embeddings and model.head == "tokens", learns_further(model)
@@ -245,7 +246,8 @@ class Network(GPTModel):
         if self.temperature != 1.0 and not is_capped:
             hidden_states = hidden_states / self.temperature  # the output layer has no bias: so are the logits
         return self.output_layer(hidden_states, weight=tied, labels=labels, num_real=self.real_vocab_size, is_greedy=self.is_greedy,
-                                 asked=self.asked, with_entropy=self.wants_entropy, temperature=self.temperature if is_capped else 1.0)
+                                 asked=self.asked, with_entropy=self.wants_entropy, temperature=self.temperature if is_capped else 1.0,
+                                 proportions=self.proportions)
 
     def _further(self, hidden_states, tied, *, position_ids, attention_mask, rotary_pos_emb, packed_seq_params, **_):
         """Hidden states [s, b, h] of the main model -> log p of further_labels, fp32 [D * b, s]."""
@@ -253,7 +255,7 @@ class Network(GPTModel):
                           attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, embedding=self.embedding)
         _, *further = states.chunk(1 + len(self.mtp.layers))
         return self.output_layer(torch.cat(further, 1), weight=tied, labels=self.further["further_labels"], num_real=self.real_vocab_size,
-                                 asked=self.further.get("further_asked"))
+                                 asked=self.further.get("further_asked"), proportions=self.further.get("further_proportions"))
 
     def sharded_state_dict(self, *args, **kwargs):
         has_output, self.post_process = self.post_process, self.post_process and self.head == "tokens"

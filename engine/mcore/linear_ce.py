@@ -1,69 +1,43 @@
-"""The output layer and the loss in one: -log p(label) from hidden states, vocabulary split over tp, rows in chunks.
+"""The output layer's product and the loss in one: -log p(label) from hidden states, vocabulary split over tp, rows in chunks.
 
     nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group)                             # [tokens], fp32
     nll, H = linear_cross_entropy(hidden, weight, labels, num_real, tp_group, with_entropy=True)       # and the entropy of each distribution
+    nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group, proportions=mask)           # gradients known up to a factor
 
-The logits of a chunk of rows are used while they are still in cache: forward keeps them (once, in the model's precision) and
-the log-sum-exp; backward turns them into their own gradient in place. Plain log_softmax would hold them three times and read them
-from memory at every turn. Maths, with p = softmax(z): nll = lse(z) - z[label], d nll / d z = p - onehot(label);
-H = -sum p log p, d H / d z = -p (log p + H).
-A softcap (Gemma) makes z = softcap * tanh(h W^T / softcap) / temperature; its derivative follows from z itself, d z / d (h W^T) =
-(1 - (z * temperature / softcap)^2) / temperature.
-Left out: recomputing the logits in the backward pass instead of keeping them.
+Maths, with z = hidden W^T and p = softmax(z): nll = lse(z) - z[label], d nll / d z = p - onehot(label); H = -sum p log p,
+d H / d z = -p (log p + H). A softcap (Gemma) makes z = softcap * tanh(h W^T / softcap) / temperature; its derivative follows from z itself,
+d z / d (h W^T) = (1 - (z * temperature / softcap)^2) / temperature.
+
+Two ways, of equal work; plain log_softmax would hold the logits three times and read them from memory at every turn:
+- logits kept once, in the model's precision, with the log-sum-exp; backward turns them into their own gradient in place.
+- where the loss is a weighted sum of nll with weights known beforehand up to one factor (`proportions`: a loss mask), and tokens are more
+  than a block, forward makes the gradients of hidden states and weight block by block and keeps no logits at all; backward multiplies by
+  the factor (as in arXiv 2410.10989, sec. 3.2, which takes all weights to be alike). A block is long enough for its product with the hidden
+  states, which is added to the gradient of the weight in fp32, to cost no more than one long product.
 """
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.jit import jit_fuser  # torch.compile on a GPU, nothing on a CPU, where a chunk stays in cache
 
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # logits at a time: what a core's cache holds; what fills a GPU
-
-
-class OutputLayer(ColumnParallelLinear):
-    """megatron's output layer that, given labels, returns their loss instead of logits.
-
-    It stays a module with a forward: megatron's DDP waits for gathered parameters when a module is called.
-    """
-
-    softcap = 0.0  # of the logits; 0 caps nothing
-
-    def forward(self, input_, weight=None, runtime_gather_output=None, labels=None, num_real=0, is_greedy=False, asked=None,
-                with_entropy=False, temperature=1.0):
-        """input_ [s, b, h], labels [b, s] -> log p(label) [b, s], fp32, or with is_greedy (without gradients) 1 where no token is more
-        probable than the label, else 0; with_entropy: [b, s, 2], log p(label) and the entropy of the distribution it is drawn from, in nats;
-        without labels logits, as megatron's.
-
-        asked: int64 places in [s, b] that are wanted, counted through b first; all others get 0 and cost nothing.
-        temperature: of the distribution of labels; without a softcap the caller divides the hidden states by it, which is the same.
-        """
-        if labels is None:
-            logits, bias = super().forward(input_, weight, runtime_gather_output)
-            return (self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits), bias
-        assert self.softcap or temperature == 1.0
-        if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        flat, targets = hidden.reshape(-1, hidden.size(-1)), labels.t().reshape(-1)
-        if asked is not None:
-            flat, targets = flat.index_select(0, asked), targets.index_select(0, asked)
-        compute = is_most_probable if is_greedy else log_probability_and_entropy if with_entropy else linear_log_probability
-        cap = {} if is_greedy else {"cap": (self.softcap, temperature)}  # which tells no two logits apart
-        found = compute(flat, self.weight if weight is None else weight, targets, num_real, self.tp_group, **cap)
-        if asked is not None:
-            found = found.new_zeros(labels.numel(), *found.shape[1:]).index_copy(0, asked, found)
-        return found.view(hidden.size(0), hidden.size(1), *found.shape[1:]).transpose(0, 1)
+_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}     # logits at a time: what a core's cache holds; what fills a GPU
+_BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}   # logits held at a time where gradients are made in the forward pass
+_ROUNDED = {"cpu": 1 << 18, "cuda": 1 << 24}           # numbers rounded at a time
 
 
-def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None, with_entropy: bool = False, cap=(0.0, 1.0)):
+def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None, with_entropy: bool = False, cap=(0.0, 1.0), proportions=None):
     """-log softmax(hidden @ weight^T)[label] over the first num_real ids of the whole vocabulary.
 
     hidden [tokens, h]; weight [ids of this tp rank, h], ranks holding consecutive ids; labels int64 [tokens]. Returns fp32 [tokens];
     with_entropy: a pair, that and the entropy of each softmax, in nats. cap: (softcap, temperature), no cap where the first is 0.
+    proportions: fp32 [tokens], to which the gradient of what is returned will be proportional; the backward pass refuses any other.
     The gradient of hidden is this rank's share: the caller sums it over tp.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, num_real, tp_group, torch.is_grad_enabled(), with_entropy, cap)
+    assert not (with_entropy and proportions is not None)
+    has_backward = torch.is_grad_enabled()
+    if proportions is not None and has_backward and _saves_memory(hidden, weight):
+        return _GradientsInForward.apply(hidden, weight, labels, num_real, tp_group, cap, proportions)
+    return _LogitsKept.apply(hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap)
 
 
 def linear_log_probability(*args, **kwargs) -> torch.Tensor:
@@ -93,77 +67,187 @@ def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> to
     return (picked >= top).float()
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LogitsKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap):
-        tp = tp_group.size() if tp_group is not None else 1
         local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
-        chunks = list(_chunks(hidden.size(0), weight))
         # Without a backward pass one chunk's logits are enough, written over and over where they are in cache.
-        num_kept = hidden.size(0) if has_backward else min(chunks[0].stop, hidden.size(0)) if chunks else 0
+        num_kept = hidden.size(0) if has_backward else min(_rows(weight, _CHUNK_BYTES), hidden.size(0))
         logits = hidden.new_empty(num_kept, weight.size(0))
-        lse, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        entropy = torch.empty_like(lse) if with_entropy else None
-        for rows in chunks:
-            h = hidden[rows]
-            z = torch.mm(h, weight.t(), out=logits[rows] if has_backward else logits[:len(h)])
-            if cap[0]:
-                z.div_(cap[0]).tanh_().mul_(cap[0] / cap[1])
-            z[:, first_padding:] = float("-inf")
-            picked[rows] = z.gather(1, local[rows, None])[:, 0].float()
-            top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # a rank of nothing but padding has no finite logit
-            top = top.float()
-            below = z.float() - top
-            e = below.exp() if with_entropy else below.exp_()
-            total = e.sum(1)
-            lse[rows] = total.log() + top[:, 0]
-            if with_entropy:
-                total = total.clamp(min=1)  # which it is but on a rank of nothing but padding, where the entropy becomes 0
-                entropy[rows] = total.log() - torch.linalg.vecdot(e[:, :first_padding], below[:, :first_padding]) / total
-        picked = picked.where(is_own, 0)
-        if tp > 1:
-            parts = [torch.empty_like(lse) for _ in range(tp)]
-            dist.all_gather(parts, lse, group=tp_group)
-            own_lse, lse = lse, torch.stack(parts).logsumexp(0)
-            dist.all_reduce(picked, group=tp_group)
-            if with_entropy:  # chain rule: which rank the token is on, and then which of its tokens
-                share = (own_lse - lse).exp()
-                entropy = torch.special.entr(share) + share * entropy
-                dist.all_reduce(entropy, group=tp_group)
+        nll, lse, entropy = _normalize(logits, hidden, weight, local, is_own, first_padding, tp_group, cap, with_entropy)
         ctx.save_for_backward(hidden, weight, local, is_own, lse, entropy)
         ctx.logits, ctx.first_padding, ctx.cap = logits, first_padding, cap
-        return (lse - picked, entropy) if with_entropy else lse - picked
+        return (nll, entropy) if with_entropy else nll
 
     @staticmethod
     def backward(ctx, grad, grad_entropy=None):
         hidden, weight, local, is_own, lse, entropy = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         grad_hidden = torch.empty_like(hidden)
-        own = torch.where(is_own, grad, 0.0)
-        for rows in _chunks(len(logits), weight):
-            z = logits[rows]
-            slope = _slope(z, ctx.first_padding, *ctx.cap) if ctx.cap[0] else None
-            logp = z.float().sub_(lse[rows, None])  # in fp32 this is z itself
-            if grad_entropy is None:
-                p = logp.exp_().mul_(grad[rows, None])
-            else:  # p grad - p (log p + H) grad_entropy
-                by_entropy = grad_entropy[rows, None]
-                p = logp.exp().mul_(logp.mul_(-by_entropy).add_(grad[rows, None] - entropy[rows, None] * by_entropy))
-                p[:, ctx.first_padding:] = 0  # 0 times an infinite log p
-            p.scatter_add_(1, local[rows, None], -own[rows, None])
-            if slope is not None:
-                p.mul_(slope)
-            if p is not z:
-                z.copy_(p)
-            torch.mm(z, weight, out=grad_hidden[rows])
+        _differentiate(logits, grad_hidden, weight, local, is_own, lse, grad, ctx.first_padding, ctx.cap, entropy, grad_entropy)
         return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
 
-def _slope(z, first_padding: int, softcap: float, temperature: float):
-    """d z / d (h W^T) of capped logits z, fp32; 0 on the padding of the vocabulary."""
-    slope = (z.float() * (temperature / softcap)).square_().neg_().add_(1).div_(temperature)
-    slope[:, first_padding:] = 0
-    return slope
+class _GradientsInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, num_real, tp_group, cap, proportions):
+        local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
+        nll, grad_hidden = hidden.new_empty(hidden.size(0), dtype=torch.float32), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        num_rows = _rows(weight, _BLOCK_BYTES)
+        logits = hidden.new_empty(num_rows, weight.size(0))
+        for first in range(0, hidden.size(0), num_rows):
+            rows = slice(first, first + num_rows)
+            h = hidden[rows]
+            z = logits[:len(h)]
+            nll[rows], lse, _ = _normalize(z, h, weight, local[rows], is_own[rows], first_padding, tp_group, cap)
+            _differentiate(z, grad_hidden[rows], weight, local[rows], is_own[rows], lse, proportions[rows], first_padding, cap)
+            if grad_weight is not None:
+                _add_product(grad_weight, z.t(), h)
+        ctx.save_for_backward(proportions)
+        ctx.made = grad_hidden, grad_weight
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad):
+        (proportions,), (grad_hidden, grad_weight), ctx.made = ctx.saved_tensors, ctx.made, None
+        factor = _factor(grad, proportions)
+        if grad_weight is not None:
+            grad_weight = _times(grad_weight, factor, grad_hidden.dtype)
+        return grad_hidden.mul_(factor), grad_weight, None, None, None, None, None
+
+
+def _saves_memory(hidden, weight) -> bool:
+    """Are the logits of all tokens, and later the weight's gradient, more than that gradient in fp32 from the beginning and one block?"""
+    if hidden.size(0) <= _rows(weight, _BLOCK_BYTES):
+        return False
+    if not weight.requires_grad:
+        return True
+    return (hidden.size(0) + hidden.size(1)) * hidden.element_size() > 4 * hidden.size(1)
+
+
+def _factor(grad, proportions):
+    """grad / proportions, one number (fp32 scalar); 0 where all proportions are. Raises RuntimeError where it is not one; on a GPU without
+    waiting for it, which ends the process."""
+    largest = proportions.abs().argmax().view(1)
+    of_largest = proportions.index_select(0, largest)
+    factor = torch.where(of_largest == 0, 0.0, grad.index_select(0, largest) / of_largest).squeeze(0)
+    expected = proportions * factor
+    is_so = ((grad - expected).abs() <= 1e-4 * (of_largest * factor).abs()).all()
+    message = "the loss of this stage is not what its `proportions` say: its gradient is not proportional to them (engine/stage.py)"
+    if grad.is_cuda:
+        torch._assert_async(is_so, message)
+    elif not is_so:
+        raise RuntimeError(message)
+    return factor
+
+
+def _times(gradient, factor, dtype):
+    """gradient * factor, fp32, rounded to dtype; where that is narrower within the same memory, so that two of them never are there."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    wide, count = gradient.view(-1), _ROUNDED[gradient.device.type]
+    narrow = wide.view(dtype)[:wide.numel()]
+    for first in range(0, wide.numel(), count):  # what is written lies before what is still to be read
+        narrow[first:first + count] = (wide[first:first + count] * factor).to(dtype)
+    return narrow.view_as(gradient)
+
+
+def _add_product(total, a, b) -> None:
+    """total += a @ b, total fp32."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # no product on a CPU gives another dtype
+        for rows in _chunks(len(total), b.t()):
+            total[rows] += a[rows] @ b
+
+
+def _normalize(logits, hidden, weight, local, is_own, first_padding: int, tp_group, cap, with_entropy: bool = False):
+    """(nll, log-sum-exp, entropy or None), fp32 [tokens]. The logits, capped and -inf where the vocabulary is padded, are left in `logits`,
+    chunk over chunk where it holds fewer rows than there are."""
+    num_rows = hidden.size(0)
+    lse, picked = (torch.empty(num_rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    entropy = torch.empty_like(lse) if with_entropy else None
+    for rows in _chunks(num_rows, weight):
+        h = hidden[rows]
+        z = torch.mm(h, weight.t(), out=logits[rows] if len(logits) == num_rows else logits[:len(h)])
+        lse[rows], picked[rows], of_rows = _sums(z, local[rows], first_padding, *cap, with_entropy)
+        if with_entropy:
+            entropy[rows] = of_rows
+    picked = picked.where(is_own, 0)
+    if tp_group is not None and tp_group.size() > 1:
+        parts = [torch.empty_like(lse) for _ in range(tp_group.size())]
+        dist.all_gather(parts, lse, group=tp_group)
+        own_lse, lse = lse, torch.stack(parts).logsumexp(0)
+        dist.all_reduce(picked, group=tp_group)
+        if with_entropy:  # chain rule: which rank the token is on, and then which of its tokens
+            share = (own_lse - lse).exp()
+            entropy = torch.special.entr(share) + share * entropy
+            dist.all_reduce(entropy, group=tp_group)
+    return lse - picked, lse, entropy
+
+
+def _differentiate(logits, grad_hidden, weight, local, is_own, lse, grad, first_padding: int, cap, entropy=None, grad_entropy=None) -> None:
+    """Turns logits into the gradient of h W^T, in place, and writes that of the hidden states. grad: of each nll, fp32 [tokens]."""
+    own = torch.where(is_own, grad, 0.0)
+    for rows in _chunks(len(logits), weight):
+        z = logits[rows]
+        of_entropy = (None, None) if grad_entropy is None else (entropy[rows], grad_entropy[rows])
+        _to_gradient(z, local[rows], lse[rows], grad[rows], own[rows], first_padding, *cap, *of_entropy)
+        torch.mm(z, weight, out=grad_hidden[rows])
+
+
+@jit_fuser
+def _sums(z, local, first_padding: int, softcap: float, temperature: float, with_entropy: bool):
+    """Of a chunk of products h W^T: (log-sum-exp, logit of the label, entropy or None), fp32 [rows]. z becomes the logits."""
+    if softcap:
+        z.div_(softcap).tanh_().mul_(softcap / temperature)
+    if first_padding < z.size(1):
+        z[:, first_padding:] = float("-inf")
+    picked = z.gather(1, local[:, None])[:, 0].float()
+    top = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # a rank of nothing but padding has no finite logit
+    top = top.float()
+    below = z.float() - top
+    e = below.exp() if with_entropy else below.exp_()
+    total = e.sum(1)
+    lse = total.log() + top[:, 0]
+    if not with_entropy:
+        return lse, picked, None
+    total = total.clamp(min=1)  # which it is but on a rank of nothing but padding, where the entropy becomes 0
+    return lse, picked, total.log() - torch.linalg.vecdot(e[:, :first_padding], below[:, :first_padding]) / total
+
+
+@jit_fuser
+def _to_gradient(z, local, lse, grad, own, first_padding: int, softcap: float, temperature: float, entropy=None, grad_entropy=None) -> None:
+    """z, the logits of a chunk, becomes the gradient of h W^T. own: grad, but 0 where the label is on another tp rank."""
+    rows = lse[:, None], grad[:, None], *(of[:, None] for of in (entropy, grad_entropy) if of is not None)
+    at_label = z.gather(1, local[:, None])
+    slope, slope_at_label = (_slope(of, softcap, temperature) if softcap else None for of in (z, at_label))
+    # p - 1 is taken in fp32 and then rounded: near 1, p itself would become 1. Apart from all else, which so is one pass over z.
+    at_label = _of_probability(at_label, *rows) - own[:, None]
+    gradient = _of_probability(z, *rows)
+    if softcap:
+        at_label, gradient = at_label * slope_at_label, gradient.mul_(slope)
+    if gradient is not z:
+        z.copy_(gradient)
+    z.scatter_(1, local[:, None], at_label.to(z.dtype))
+    if first_padding < z.size(1):
+        z[:, first_padding:] = 0  # not 0 times infinite
+
+
+def _of_probability(z, lse, grad, entropy=None, grad_entropy=None):
+    """p grad - p (log p + H) grad_entropy, fp32; of z in fp32 in its place."""
+    logp = z.float().sub_(lse)  # in fp32 this is z itself
+    if entropy is None:
+        return logp.exp_().mul_(grad)
+    return logp.exp().mul_(logp.mul_(-grad_entropy).add_(grad - entropy * grad_entropy))
+
+
+def _slope(z, softcap: float, temperature: float):
+    """d z / d (h W^T) of capped logits z, fp32."""
+    return (z.float() * (temperature / softcap)).square_().neg_().add_(1).div_(temperature)
 
 
 def _place(weight, labels, num_real: int, tp_group):
@@ -174,8 +258,13 @@ def _place(weight, labels, num_real: int, tp_group):
     return local.clamp(0, num_ids - 1), is_own, min(max(num_real - rank * num_ids, 0), num_ids)
 
 
+def _rows(weight, limit: dict[str, int]) -> int:
+    """Rows whose logits, in the dtype of `weight`, take as many bytes as `limit` has for the device."""
+    return max(1, limit[weight.device.type] // (weight.size(0) * weight.element_size()))
+
+
 def _chunks(num_rows: int, weight):
-    """Slices of the rows whose logits, in the dtype of `weight`, are as many as should be held at a time."""
-    rows = max(1, _CHUNK_BYTES[weight.device.type] // (weight.size(0) * weight.element_size()))
+    """Slices of the rows whose logits should be worked on at a time."""
+    rows = _rows(weight, _CHUNK_BYTES)
     for first in range(0, num_rows, rows):
         yield slice(first, first + rows)

@@ -107,7 +107,7 @@ class ParallelModel:
             build.bare(chunk).temperature = role.temperature
         self.config = self.chunks[0].config  # the one the schedules read
         self.optimizer = build.build_optimizer(run, self.chunks) if role.train else None
-        self.rows_alike = getattr(stage, "rows_alike", 1) if shared.is_possible(run, self.on_te) else 1
+        self.rows_alike = stage.rows_alike if shared.is_possible(run, self.on_te) else 1
         self.pull = tune.PullToStart(run.tune.l2_to_init) if role.train and run.tune.l2_to_init else None
         self._forward_backward = get_forward_backward_func()
         self._metric_names: dict[bool, list[str]] = {}
@@ -311,6 +311,8 @@ class ParallelModel:
         if self.learns_further:
             micro_batches = [{**batch, **mtp.targets(batch, self.run.model.mtp.num_layers)} for batch in micro_batches]
             further_count = self._global_sum(batch["further_mask"].sum() for batch in micro_batches)
+        if not forward_only and not self.role.wants_entropy:
+            micro_batches = [{**batch, **self._proportions(batch)} for batch in micro_batches]
         batches = self._fed(micro_batches)
         self._aux_divisor = self._tokens_for_aux(batches)
         self.num_microbatches = len(batches)
@@ -356,18 +358,35 @@ class ParallelModel:
         # max_document stays on the host: it is an argument of a kernel launch, not an operand.
         return {name: t if name == "max_document" else self._to_device(t) for name, t in batch.items()}
 
+    def _proportions(self, batch: dict) -> dict:
+        """What the losses' gradients of the log-probabilities are proportional to, [b, s], as far as it is known beforehand."""
+        if self.run.model.head != "tokens" or self.rows_alike > 1:
+            return {}
+        further = {"further_proportions": batch["further_mask"]} if self.learns_further else {}
+        known = self.stage.proportions(self.name, batch)
+        return further if known is None else {"proportions": known, **further}
+
     def _asked(self, batch: dict) -> dict:
-        """Places of this cp rank where loss_mask is not 0, in the order of [s / cp, b]; nothing where all or hardly any less are.
-        Computed on the host, so that a device is not waited for."""
+        """Places of this cp rank where loss_mask is not 0, in the order of [s / cp, b]; nothing where all or hardly any less are. Of those
+        places `proportions`. Computed on the host, so that a device is not waited for."""
         if self.run.model.head != "tokens":
             return {}
-        t, found = self.topology, {}
-        for name, mask in (("asked", "loss_mask"), ("further_asked", "further_mask")):
+        found = {}
+        for asked, mask, proportions in (("asked", "loss_mask", "proportions"), ("further_asked", "further_mask", "further_proportions")):
             if mask in batch:
-                own = masks.shard({"tokens": batch["tokens"], mask: batch[mask]}, batch["tokens"].size(1), t.cp_rank, t.cp)[mask]
-                asked = own.t().reshape(-1).nonzero().view(-1)
-                found |= {name: asked} if len(asked) < 0.9 * own.numel() else {}
+                own = self._flat(batch[mask], batch)
+                places = own.nonzero().view(-1)
+                if len(places) < 0.9 * own.numel():
+                    found[asked] = places
+            if proportions in batch:
+                own = self._flat(batch[proportions], batch).float()
+                found[proportions] = own.index_select(0, found[asked]) if asked in found else own
         return found
+
+    def _flat(self, of_tokens, batch: dict) -> torch.Tensor:
+        """[b, s] -> this cp rank's part in the order of [s / cp, b], flat."""
+        t = self.topology
+        return masks.shard({"tokens": batch["tokens"], "own": of_tokens}, batch["tokens"].size(1), t.cp_rank, t.cp)["own"].t().reshape(-1)
 
     def _global_sum(self, counts) -> torch.Tensor:
         """[1], of what this replica's micro-batches count, over all replicas."""
@@ -394,8 +413,9 @@ class ParallelModel:
         names = ("tokens", "labels", "position_ids", "further_tokens", "further_labels")
         batch = masks.shard({name: full[name] for name in names if name in full}, seq_len, t.cp_rank, t.cp)
         network = build.bare(chunk)
-        network.asked = full.get("asked")
-        network.further = {**batch, "further_asked": full.get("further_asked")} if "further_tokens" in batch else None
+        network.asked, network.proportions = full.get("asked"), full.get("proportions")
+        further = {name: full.get(name) for name in ("further_asked", "further_proportions")}
+        network.further = {**batch, **further} if "further_tokens" in batch else None
         if "of" in full and network.position_embedding_type == "rope":
             network.rotary_pos_emb.positions = batch["position_ids"]
         tune.add_noise(network, full, self.run, t)

@@ -25,6 +25,9 @@ class Pretrain(Stage):
     def count(self, role, batch):
         return batch["loss_mask"].sum()
 
+    def proportions(self, role, batch):
+        return batch["loss_mask"]
+
     def loss(self, role, output, batch):
         nll = -(output * batch["loss_mask"]).sum()  # output: log p(label) [b, s]
         return Loss(sum=nll, metrics=self._by_source(output, batch) if "source" in batch else {})

@@ -25,6 +25,9 @@ class Sft(Stage):
     def count(self, role, batch):
         return batch["loss_mask"].sum()
 
+    def proportions(self, role, batch):
+        return batch["loss_mask"]
+
     def loss(self, role, output, batch):
         nll = -(output * batch["loss_mask"]).sum()  # output: log p(label) [b, s]
         return Loss(sum=nll)

@@ -1,0 +1,95 @@
+"""The output layer with its loss on a CPU, side by side with peers in the same run: seconds, bytes at the worst moment, and the ratios to ours.
+
+    python benchmarks/loss.py [--rounds 5] [--only ours,plain] [--threads 2]
+
+Forward and backward of the shape that benchmarks/gpu_table.py takes, an eighth as large in tokens and width: 1,024 tokens, width 512, 131,072 ids.
+ours: the loss mask is known beforehand, so gradients are made in the forward pass; ours-kept: logits kept once; plain: F.linear and
+F.cross_entropy; torch: its own F.linear_cross_entropy in chunks, which makes gradients in the forward pass too. All in fp32. Bytes are what torch's profiler
+says was allocated, in the last warm-up step, above what lay there before.
+"""
+
+import argparse
+import statistics
+import sys
+
+import _turns
+
+TOKENS, WIDTH, IDS = 1024, 512, 131072
+
+
+def _inputs():
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((TOKENS, WIDTH), (IDS, WIDTH)))
+    return hidden, weight.detach().div_(WIDTH**0.5).requires_grad_(), torch.randint(0, IDS, (TOKENS,), generator=generator)
+
+
+def _step(loss_of):
+    """step(i) -> (loss, peak bytes): of the last warm-up step, 0 of the others, which measure time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    hidden, weight, labels = _inputs()
+
+    def both_ways():
+        loss = loss_of(hidden, weight, labels)
+        loss.backward()
+        hidden.grad = weight.grad = None
+        return float(loss)
+
+    def step(i):
+        if i != _turns.WARM_UP - 1:
+            return both_ways(), 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = both_ways()
+        now = most = 0
+        for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return loss, most
+
+    return step
+
+
+def ours(is_known: bool):
+    import engine.mcore  # noqa: F401
+    import torch
+    from engine.mcore.linear_ce import linear_cross_entropy
+
+    proportions = torch.ones(TOKENS) if is_known else None
+    return _step(lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, IDS, proportions=proportions).mean())
+
+
+def plain():
+    import torch.nn.functional as F
+
+    return _step(lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight), labels))
+
+
+def torchs():
+    import torch.nn.functional as F
+
+    import torch
+
+    options = torch.nn.LinearCrossEntropyOptions()
+    return _step(lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options))
+
+
+CONTESTANTS = {"ours": (ours, {"is_known": True}), "ours-kept": (ours, {"is_known": False}), "plain": (plain, {}), "torch": (torchs, {})}
+
+
+def main() -> int:
+    arguments = _turns.add_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), CONTESTANTS, rounds=5).parse_args()
+    turns = _turns.take_turns(_turns.chosen(CONTESTANTS, arguments.only), arguments, lambda answers: f"loss {answers[-1][0]:.6f}")
+    if "ours" not in turns:
+        return 1
+    own, own_bytes = statistics.median(turns["ours"].seconds), turns["ours"].answers[-1][1]
+    print("\n| contestant | s | ours / it | MB | ours / it |\n| --- | --- | --- | --- | --- |")
+    for name, turn in turns.items():
+        seconds, peak = statistics.median(turn.seconds), turn.answers[-1][1]
+        print(f"| {name} | {seconds:.2f} | {own / seconds:.2f} | {peak / 1e6:,.0f} | {own_bytes / peak:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 def reasons(model) -> list[str]:
     """The parts by the keys that ask for them; empty where Transformer Engine's layers do as well."""
     parts = {
-        f"model.mla.kv_lora_rank={model.mla.kv_lora_rank} (latent attention)": model.is_latent,
         f"model.attention_softcap={model.attention_softcap:g}": model.attention_softcap > 0,
         "model.attention_sinks=true": model.attention_sinks,
         f"model.rope_local_theta={model.rope_local_theta:g}": model.rope_local_theta > 0,

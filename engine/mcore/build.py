@@ -195,6 +195,7 @@ def _experts(run, on_te: bool) -> dict:
         moe_pad_expert_input_to_capacity=moe.pad_to_capacity,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=moe.grouped_gemm and on_te,
+        moe_permute_fusion=moe.permute_fusion and on_te,
     )
 
 

@@ -117,7 +117,7 @@ def forward_only(model) -> Iterator[list[Attention]]:
         for layer in bare(chunk).decoder.layers:
             attention = layer.self_attention.core_attention
             if not isinstance(attention, Attention):  # Transformer Engine's, which knows no cache of ours; neither has parameters
-                attention = Attention(layer.config, layer.layer_number, None, "self").eval()
+                attention = Attention(layer.config, layer.layer_number, None, "self", softmax_scale=layer.config.softmax_scale).eval()
                 changes.append((layer.self_attention, "core_attention", attention))
             attentions.append(attention)
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]

@@ -33,7 +33,9 @@ def placed(layer: ModuleSpec, config, model, norm, column) -> ModuleSpec:
         heads = {"q_layernorm": config.num_attention_heads, "k_layernorm": config.num_query_groups}
         parts = _with_attention(parts, **{name: ModuleSpec(module=WholeNorm, params={"num_heads": num}) for name, num in heads.items()})
     if model.norm_place == "post":
-        parts = _with_attention(replace(parts, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp), linear_qkv=column)
+        parts = replace(parts, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+        if hasattr(parts.self_attention.submodules, "linear_qkv"):  # latent attention never has the norm in one of its layers
+            parts = _with_attention(parts, linear_qkv=column)
         if hasattr(parts.mlp.submodules, "linear_fc1"):  # of experts the norm in front is always a layer of its own
             parts = replace(parts, mlp=replace(parts.mlp, submodules=replace(parts.mlp.submodules, linear_fc1=column)))
     if model.norm_place == "pre":

@@ -51,6 +51,7 @@ def problems(load):
 # One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
 VALID = ["data.valid.held_out=[there]", "train.eval_samples=8", "train.eval_every=5", "train.stop_when.metric=valid_loss"]
 GRAPHS = [
+    (["model.num_query_groups=0", "model.mla.kv_lora_rank=8"], "model.mla.kv_lora_rank(8): recording latent attention is not offered"),
     (["parallel.pp=2"], "parallel.pp(2): recording through a pipeline is not offered"),
     (["parallel.cp=2"], "parallel.cp(2): its attention runs on several streams"),
     (["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], "parallel.tp_comm_overlap, which runs on streams of its own"),
@@ -168,6 +169,14 @@ REFUSALS = [
      "model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm=layernorm; set qk_norm_width=head"),
     (["parallel.sequence_parallel=true"], None,
      "parallel.sequence_parallel splits over tp ranks, but parallel.tp is 1; set tp >= 2 or sequence_parallel=false"),
+    (["model.num_query_groups=0", "model.mla.kv_lora_rank=8", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], None,
+     "parallel.tp_comm_overlap has no buffers for the projections of latent attention (model.mla.kv_lora_rank=8), which are not as wide as "
+     "hidden_size; set it to false"),
+    (["model.num_query_groups=0", "train.fp8.recipe=blockwise",
+      "model.mla={q_lora_rank: 24, kv_lora_rank: 16, qk_nope_head_dim: 5, qk_rope_head_dim: 8, v_head_dim: 5}"], None,
+     "train.fp8.recipe=blockwise multiplies matrices whose dims are multiples of 16, which model.mla.q_lora_rank(24), "
+     "mla.kv_lora_rank + qk_rope_head_dim(24), num_attention_heads / tp * (mla.qk_nope_head_dim + qk_rope_head_dim)(104), "
+     "num_attention_heads / tp * mla.v_head_dim(40) is not"),
     (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"], None,
      "parallel.overlap_param_gather gathers what zero1 has split; set parallel.zero1=true"),
     (["parallel.overlap_param_gather=true", "parallel.zero1=true"], None, "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true"),

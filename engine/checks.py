@@ -17,7 +17,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     kept apart by the fields they need.
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
-              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope, _mtp,
+              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _zero_centred, _latent, _local_rope, _mtp,
               _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _cuda_graphs, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
@@ -257,6 +257,14 @@ def _qk_norm(run):
     model = run.model
     if model.qk_norm and model.qk_norm_width == "all" and model.norm != "rmsnorm":
         yield f"model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm={model.norm}; set qk_norm_width=head"
+
+
+def _zero_centred(run):
+    model = run.model
+    if model.norm_zero_centered and model.norm != "rmsnorm":
+        yield f"model.norm_zero_centered=true is for rmsnorm, but model.norm={model.norm}; set it to false"
+    if model.norm_zero_centered and model.qk_norm and model.qk_norm_width == "all":
+        yield "model.norm_zero_centered=true: a norm over all heads (model.qk_norm_width=all) is not centred so; set qk_norm_width=head"
 
 
 def _groups(run):

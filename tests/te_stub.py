@@ -60,7 +60,9 @@ def _product(x, weight, bias, is_fused):
     return y if bias is None else y + bias
 
 
-def _norm(x, weight, bias, eps):
+def _norm(x, weight, bias, eps, around_zero=False):
+    if around_zero:  # in fp32, whatever x is
+        return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps) if bias is None else F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -75,6 +77,8 @@ class Linear(_Module):
         init_method(self.weight)
         self.weight.tensor_model_parallel = True  # whatever parallel_mode is
         self.bias = Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None
+        if bias and parallel_mode == "column":
+            self.bias.tensor_model_parallel = True
 
     def forward(self, x, is_first_microbatch=None):
         y = _product(x, self.weight, None if self.return_bias else self.bias, self.fuse)
@@ -82,55 +86,65 @@ class Linear(_Module):
 
 
 class LayerNormLinear(Linear):
-    def __init__(self, in_features, out_features, *, normalization, eps, params_dtype, **kwargs):
+    def __init__(self, in_features, out_features, *, normalization, eps, params_dtype, zero_centered_gamma, **kwargs):
         super().__init__(in_features, out_features, params_dtype=params_dtype, **kwargs)
-        self.eps = eps
+        self.eps, self.around_zero = eps, zero_centered_gamma
         self.layer_norm_weight = Parameter(torch.ones(in_features, dtype=params_dtype))
         self.layer_norm_bias = Parameter(torch.zeros(in_features, dtype=params_dtype)) if normalization == "LayerNorm" else None
 
     def forward(self, x, is_first_microbatch=None):
-        return super().forward(_norm(x, self.layer_norm_weight, self.layer_norm_bias, self.eps))
+        return super().forward(_norm(x, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.around_zero))
 
 
 class GroupedLinear(_Module):
-    def __init__(self, num_gemms, in_features, out_features, *, init_method, bias, fuse_wgrad_accumulation, params_dtype, **_):
+    def __init__(self, num_gemms, in_features, out_features, *, init_method, bias, return_bias, fuse_wgrad_accumulation, params_dtype, **_):
         super().__init__()
-        assert not bias
-        self.num_gemms, self.use_bias, self.fuse, self.in_features, self.out_features = num_gemms, bias, fuse_wgrad_accumulation, in_features, out_features
+        self.num_gemms, self.use_bias, self.return_bias, self.fuse, self.in_features, self.out_features = num_gemms, bias, return_bias, fuse_wgrad_accumulation, in_features, out_features
         for i in range(num_gemms):
             self.register_parameter(f"weight{i}", Parameter(torch.empty(out_features, in_features, dtype=params_dtype)))
             init_method(getattr(self, f"weight{i}"))
+            if bias:
+                self.register_parameter(f"bias{i}", Parameter(torch.zeros(out_features, dtype=params_dtype)))
 
     def forward(self, x, m_splits, is_first_microbatch=None):
-        pieces = x.split(list(m_splits))
-        return torch.cat([_product(piece, getattr(self, f"weight{i}"), None, self.fuse) for i, piece in enumerate(pieces)])
+        biases = [getattr(self, f"bias{i}") if self.use_bias else None for i in range(self.num_gemms)]
+        y = torch.cat([_product(piece, getattr(self, f"weight{i}"), None if self.return_bias else biases[i], self.fuse)
+                       for i, piece in enumerate(x.split(list(m_splits)))])
+        return (y, biases) if self.return_bias else y
 
 
 class RMSNorm(_Module):
-    def __init__(self, hidden_size, eps, sequence_parallel, params_dtype, **_):
+    def __init__(self, hidden_size, eps, sequence_parallel, params_dtype, zero_centered_gamma, **_):
         super().__init__()
-        self.eps = eps
+        self.eps, self.around_zero = eps, zero_centered_gamma
         self.weight = Parameter(torch.ones(hidden_size, dtype=params_dtype))
         self.register_parameter("bias", None)
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x):
-        return _norm(x, self.weight, self.bias, self.eps)
+        return _norm(x, self.weight, self.bias, self.eps, self.around_zero)
 
 
 class LayerNorm(RMSNorm):
-    def __init__(self, hidden_size, eps, sequence_parallel, params_dtype, **_):
-        super().__init__(hidden_size, eps, sequence_parallel, params_dtype)
+    def __init__(self, hidden_size, eps, sequence_parallel, params_dtype, zero_centered_gamma, **_):
+        super().__init__(hidden_size, eps, sequence_parallel, params_dtype, zero_centered_gamma)
         self.bias = Parameter(torch.zeros(hidden_size, dtype=params_dtype))
 
 
-class DotProductAttention(torch.nn.Module):
+class DotProductAttention(_Module):
     calls: list = []
 
-    def __init__(self, num_attention_heads, kv_channels, *, softmax_scale=None, window_size=None, **_):
+    def __init__(self, num_attention_heads, kv_channels, *, softmax_scale=None, window_size=None, tp_size=1, softmax_type="vanilla", **_):
         super().__init__()
+        self.softmax_offset = Parameter(torch.zeros(num_attention_heads // tp_size)) if softmax_type == "learnable" else None
+        self.register_load_state_dict_post_hook(self._without_extra_state)
         self.dims = (kv_channels, kv_channels) if isinstance(kv_channels, int) else kv_channels
         self.scale, self.window = softmax_scale or self.dims[0] ** -0.5, window_size
+
+    @staticmethod
+    def _without_extra_state(module, incompatible):
+        for key in [key for key in incompatible.missing_keys if "core_attention._extra_state" in key]:
+            incompatible.missing_keys.remove(key)
 
     def forward(self, q, k, v, attention_mask, *, attn_mask_type, qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None,
                 cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None):
@@ -153,13 +167,19 @@ class DotProductAttention(torch.nn.Module):
         """q and k [s, heads or kv_heads, d], v [s, kv_heads, v] -> [s, heads * v]"""
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
         mask = (distance >= 0) & (distance <= self.window[0] if self.window else True)
-        out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask, scale=self.scale, enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(len(q), -1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        if self.softmax_offset is not None:
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+            logits = (q @ k.transpose(-1, -2) * self.scale).masked_fill(~mask, float("-inf"))
+            sinks = self.softmax_offset.to(logits.dtype).reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+            return (torch.cat([logits, sinks], -1).softmax(-1)[..., :-1] @ v)[0].transpose(0, 1).reshape(q.size(2), -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(q.size(2), -1)
 
 
 def apply_rotary_pos_emb(t, freqs, tensor_format="sbhd", interleaved=False, fused=False, cu_seqlens=None, cp_size=1, cp_rank=0):
     """t [s, b, heads, d] or [tokens, heads, d]; freqs [length, 1, 1, r]."""
-    assert fused and not interleaved and cp_size == 1
+    assert fused and not interleaved and cp_size == 1 and freqs.is_contiguous()
     if tensor_format == "thd":
         bounds = cu_seqlens.tolist()
         return torch.cat([apply_rotary_pos_emb(t[a:b, None], freqs, "sbhd", fused=True)[:, 0] for a, b in zip(bounds, bounds[1:])])
@@ -303,13 +323,16 @@ def install() -> None:
 # --- the runs ------------------------------------------------------------------------------------------------------------
 
 STEPS = 4
-LATENT = {
+VARIED = {
     "latent": ("latent", {}),
     "latent yarn": ("latent", {"model": {"rope_scaling": dict(kind="yarn", factor=4.0, original_max_position=16, mscale=1.0, mscale_all_dim=1.0)}}),
     "latent post": ("latent", {"model": {"norm_place": "post"}}),
     "latent without q_lora": ("latent", {"model": {"mla": dict(kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12)}}),
     "latent-moe": ("latent-moe", {}),
     "latent-moe-mtp": ("latent-moe-mtp", {}),
+    "gemma without caps": ("gemma", {"model": {"attention_softcap": 0.0}}),
+    "moe-sinks": ("moe-sinks", {}),
+    "dense sinks": ("window", {"model": {"attention_sinks": True, "activation": "clamped_swiglu", "swiglu_limit": 0.5}}),
 }
 
 
@@ -385,19 +408,21 @@ def main() -> None:
     permuted.clear()
     plainly = {"model": {**parity_table.MODELS["moe-mixed"], "moe": {**parity_table.MODELS["moe-mixed"]["moe"], "permute_fusion": False}}}
     found["permuted plainly"] = {"losses": train(network("moe-mixed", "te", **plainly), 0, STEPS), "fused": sorted(permuted)}
-    for name, (model, sections) in LATENT.items():
+    for name, (model, sections) in VARIED.items():
         found[name] = {backend: train(network(model, backend, **sections), 0, STEPS) for backend in ("torch", "te")}
     found["latent recomputed"] = {how: train(network("latent-moe", "te", train={"backend": "te", "recompute": how}), 0, STEPS)
                                   for how in ("none", "selective", "full")}
-    found["answers"] = {backend: answers("latent", backend, **LATENT["latent yarn"][1]) for backend in ("torch", "te")}
+    found["answers"] = {name: {backend: answers(VARIED[name][0], backend, **VARIED[name][1]) for backend in ("torch", "te")}
+                        for name in ("latent yarn", "gemma without caps", "moe-sinks")}
     found["formats"] = sorted(set(DotProductAttention.calls))
     found["layers"] = layer_classes(network("moe-mixed", "te"))
     found["latent layers"] = layer_classes(network("latent-moe", "te"))
-    found["split over tp"] = split_over_tp(network("latent-moe", "te"))
+    found["split over tp"] = split_over_tp(network("latent-moe", "te")) + split_over_tp(network("moe-sinks", "te"))
     zero1, low = ({**sections, "train": {**sections["train"], "backend": "te"}} for sections in (zero1, low))
     found["moved"] = {
         "te to torch": moved("moe-mixed", "te", "torch"), "torch to te": moved("moe-mixed", "torch", "te"),
         "latent te to torch": moved("latent-moe-mtp", "te", "torch"), "latent torch to te": moved("latent-moe-mtp", "torch", "te"),
+        "sinks te to torch": moved("moe-sinks", "te", "torch"), "sinks torch to te": moved("moe-sinks", "torch", "te"),
         "zero1": moved("dense", "te", "te", **zero1), "precision aware": moved("dense", "te", "te", **low),
         "untrained": untrained(), "untrained precision aware": untrained(**low),
     }

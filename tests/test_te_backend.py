@@ -39,7 +39,7 @@ def largest_difference(ours, theirs) -> float:
     return max(abs(a - b) / abs(b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True))
 
 
-@pytest.mark.parametrize("model", ["dense", "tied", "tied-mtp", "window", "post", "gpt2", "moe-mixed", "moe-both", *te_stub.LATENT])
+@pytest.mark.parametrize("model", ["dense", "tied", "tied-mtp", "window", "post", "gpt2", "moe-mixed", "moe-both", *te_stub.VARIED])
 def test_te_equals_torch_from_the_same_seed(runs, model):
     """Losses and gradient norms of four AdamW steps; initial weights are drawn by name, so they too must be the same."""
     assert largest_difference(runs[model]["te"], runs[model]["torch"]) < 1e-6
@@ -50,9 +50,10 @@ def test_recomputing_latent_attention_changes_nothing(runs, how):
     assert runs["latent recomputed"][how] == runs["latent recomputed"]["none"]
 
 
-def test_answers_are_drawn_with_the_scale_of_the_logits(runs):
-    """yarn stretches them; megatron's configuration has the scale, and te's attention is not the one that draws."""
-    assert largest_difference(runs["answers"]["te"], runs["answers"]["torch"]) < 1e-6
+@pytest.mark.parametrize("model", ["latent yarn", "gemma without caps", "moe-sinks"])
+def test_answers_are_drawn_with_the_scale_the_angles_and_the_sinks_of_training(runs, model):
+    """te's attention is not the one that draws."""
+    assert largest_difference(runs["answers"][model]["te"], runs["answers"][model]["torch"]) < 1e-6
 
 
 def test_tokens_are_permuted_by_fused_kernels_unless_told_otherwise(runs):
@@ -61,7 +62,7 @@ def test_tokens_are_permuted_by_fused_kernels_unless_told_otherwise(runs):
     assert largest_difference(runs["permuted plainly"]["losses"], runs["moe-mixed"]["te"]) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["te to torch", "torch to te", "latent te to torch", "latent torch to te"])
+@pytest.mark.parametrize("kind", ["te to torch", "torch to te", "latent te to torch", "latent torch to te", "sinks te to torch", "sinks torch to te"])
 def test_checkpoints_move_between_backends(runs, kind):
     assert largest_difference(runs["moved"][kind]["broken"], runs["moved"][kind]["unbroken"]) < 1e-6
 
@@ -94,9 +95,10 @@ def test_latent_attention_is_made_of_te_modules(runs):
     assert runs["latent layers"][-1]["mlp.experts"] == "TEGroupedMLP"
 
 
-def test_weights_that_are_whole_on_every_tp_rank_count_once_in_the_norm(runs):
-    """Transformer Engine marks all weights as split over tp."""
-    assert runs["split over tp"] == ["linear_kv_up_proj.weight", "linear_proj.weight", "linear_q_up_proj.weight"]
+def test_what_is_whole_on_every_tp_rank_counts_once_in_the_norm_and_what_is_split_on_all(runs):
+    """Transformer Engine marks all weights as split over tp, and no sinks."""
+    assert runs["split over tp"] == ["linear_kv_up_proj.weight", "linear_proj.weight", "linear_q_up_proj.weight",
+                                     "core_attention.softmax_offset", "linear_proj.weight", "linear_qkv.bias", "linear_qkv.weight"]
 
 
 # --- documents end to end ------------------------------------------------------------------------------------------------
@@ -339,6 +341,12 @@ def test_documents_want_one_sample_per_micro_batch_and_no_cp():
         spec_te.check(te_run(documents, {"train": {"micro_batch": 2}}))
     with pytest.raises(ValueError, match=r"no document masks under context parallel \(parallel.cp=2\)"):
         spec_te.check(te_run(documents, {"parallel": {"cp": 2}}))
+
+
+def test_sinks_want_no_cp():
+    spec_te.check(te_run({"model": {"attention_sinks": True}}))
+    with pytest.raises(ValueError, match=r"no model.attention_sinks under context parallel \(parallel.cp=2\), whose ring knows none; set cp=1, or "):
+        spec_te.check(te_run({"model": {"attention_sinks": True}, "parallel": {"cp": 2}}))
 
 
 @pytest.mark.parametrize("recipe, question", [("delayed", "is_fp8_available"), ("mxfp8", "is_mxfp8_available")])

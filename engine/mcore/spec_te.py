@@ -24,6 +24,7 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -53,7 +54,7 @@ def check(run) -> None:
         is_available, reason = getattr(te, _SUPPORT[recipe])(return_reason=True)
         if not is_available:
             raise ValueError(f"train.fp8.recipe={recipe} does not run on this GPU: {reason}; choose another recipe, or none")
-    for problem in torch_only.documents(run):
+    for problem in torch_only.limits(run):
         raise ValueError(problem)
 
 
@@ -70,7 +71,7 @@ def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodule
 def _layer_spec(config, model, num_experts) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm)
     if not model.is_latent:
-        return layer
+        return norms.with_attention(layer, core_attention=SinkCore) if model.attention_sinks else layer
     core = functools.partial(LatentCore, k_channels=model.head_size, v_channels=model.value_size)
     attention = ModuleSpec(module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal},
                            submodules=LatentSubmodules(norm=TENorm, down=Whole, up=TEColumnParallelLinear, linear_proj=TERowParallelLinear,
@@ -90,7 +91,16 @@ class Whole(TELinear):
         self.weight.tensor_model_parallel = False
 
 
-class LatentCore(TEDotProductAttention):
+class SinkCore(TEDotProductAttention):
+    """Attention with the sinks of this tp rank's heads among its logits, where the configuration asks for them (softmax_type)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.softmax_offset is not None:  # not marked as a part by Transformer Engine: the norm would count those of the first tp rank alone
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+
+class LatentCore(SinkCore):
     """Attention over keys and values of different sizes. Its fused kernel takes each as a tensor of its own; values come as a part of one."""
 
     def forward(self, query, key, value, *args, **kwargs):

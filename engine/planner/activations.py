@@ -84,8 +84,8 @@ class Saved:
     # --- parts of a layer ---------------------------------------------------------------------------------------------
 
     def _statistics(self, tokens: int, width: int) -> int:
-        """Of a norm: 1 / rms, or mean and 1 / std, in fp32; norms around zero keep 1 + weight too."""
-        return 4 * tokens * (1 if self.model.norm == "rmsnorm" else 2) + 4 * width * self.model.norm_zero_centered
+        """Of a norm: 1 / rms, or mean and 1 / std, in fp32; norms around zero of the torch layers keep 1 + weight too."""
+        return 4 * tokens * (1 if self.model.norm == "rmsnorm" else 2) + 4 * width * (self.model.norm_zero_centered and self.backend == "torch")
 
     def _dropped(self, numel: int) -> int:
         """The mask of a dropout: one byte on a GPU, on a CPU a number of the model's precision."""
@@ -199,13 +199,18 @@ class Saved:
     def _gate(self, rows: int, width: int) -> int:
         """Between the two products of an MLP: the input of the activation, what it keeps besides, and the input of the second product."""
         second = rows * width * self.input_bytes
-        if self.model.activation == "swiglu" or self.backend == "te" and self.model.gated:
+        if self._is_gate_fused:
             return 2 * rows * width * self.bytes + second
         if self.model.gated:      # written out: the gate, the other factor, both parts of a product
             return (5 if self.model.activation == "clamped_swiglu" else 4) * rows * width * self.bytes + second
         if self.model.activation == "relu":
             return second      # relu keeps its output
         return (2 if self.model.activation == "squared_relu" else 1) * rows * width * self.bytes + second
+
+    @property
+    def _is_gate_fused(self) -> bool:
+        """One operation from the first product's output to the second's input? te's takes no bias (build.py)."""
+        return self.model.activation == "swiglu" and not (self.backend == "te" and self.model.linear_bias)
 
     def _moe(self) -> int:
         model, moe, p = self.model, self.model.moe, self.run.parallel
@@ -219,7 +224,7 @@ class Saved:
             total += self._gate(self.tokens, moe.shared_expert_ffn_hidden_size // self.tp)
         rows, width = self.expert_rows, model.moe_ffn_hidden_size // p.expert_tp
         # Tokens in the order of experts; in the experts the activation's output before it is weighted, and the weights.
-        weighted = 0 if self.backend == "te" else rows * width * self.bytes
+        weighted = 0 if self.backend == "te" and self._is_gate_fused else rows * width * self.bytes
         return total + rows * model.hidden_size * self.input_bytes + self._gate(rows, width) + weighted + rows * 4
 
     @cached_property

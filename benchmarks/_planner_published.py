@@ -79,7 +79,7 @@ ROWS = [
 
 
 def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, precision_aware: bool = False) -> RunConfig:
-    """Without the engine's checks, which refuse some of these runs (FP8 with latent attention)."""
+    """Without the engine's checks, which would ask for data."""
     family, size = row.model["family"], row.model.get("size", "custom")
     parallel = {"zero1": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "sequence_parallel": row.parallel.get("tp", 1) > 1}
     model = {**family_defaults(family, size), **row.model}

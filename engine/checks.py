@@ -17,7 +17,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
     kept apart by the fields they need.
     """
     checks = (_stage, _heads, _query_groups, _head_split, _widths, _rope, _rope_scaling, _layers, _vocabulary, _sequence, _learned_positions,
-              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _latent, _local_rope, _mtp,
+              _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _zero_centred, _latent, _local_rope, _mtp,
               _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _cuda_graphs, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
               _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
@@ -259,6 +259,14 @@ def _qk_norm(run):
         yield f"model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm={model.norm}; set qk_norm_width=head"
 
 
+def _zero_centred(run):
+    model = run.model
+    if model.norm_zero_centered and model.norm != "rmsnorm":
+        yield f"model.norm_zero_centered=true is for rmsnorm, but model.norm={model.norm}; set it to false"
+    if model.norm_zero_centered and model.qk_norm and model.qk_norm_width == "all":
+        yield "model.norm_zero_centered=true: a norm over all heads (model.qk_norm_width=all) is not centred so; set qk_norm_width=head"
+
+
 def _groups(run):
     moe = run.model.moe
     if not (moe.num_experts and moe.num_groups):
@@ -360,6 +368,9 @@ def _backend(run):
         yield "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"
     elif run.parallel.tp_comm_overlap and not run.parallel.sequence_parallel:
         yield "parallel.tp_comm_overlap overlaps the communication of sequence parallel; set parallel.sequence_parallel=true"
+    if run.parallel.tp_comm_overlap and run.model.is_latent:
+        yield (f"parallel.tp_comm_overlap has no buffers for the projections of latent attention (model.mla.kv_lora_rank={run.model.mla.kv_lora_rank}), "
+               "which are not as wide as hidden_size; set it to false")
 
 
 def _fp8(run):
@@ -390,6 +401,7 @@ def _cuda_graphs(run):
         f"parallel.cp({p.cp}): its attention runs on several streams": p.cp > 1,
         "parallel.tp_comm_overlap, which runs on streams of its own": p.tp_comm_overlap,
         f"model.moe.num_experts({model.moe.num_experts}): how many tokens an expert gets differs from step to step": model.moe.num_experts > 0,
+        f"model.mla.kv_lora_rank({model.mla.kv_lora_rank}): recording latent attention is not offered": model.is_latent,
         "data.reset_at_eod: every batch has other documents": run.data.reset_at_eod,
         f"train.recompute={train.recompute}": train.recompute != "none",
         "train.compile": train.compile,
@@ -409,11 +421,10 @@ def _fp8_sizes(run):
     model, p, train = run.model, run.parallel, run.train
     if train.fp8.recipe == "none" or model.num_attention_heads % p.tp or not _has_head_size(model):
         return
-    multiple, kv = 32 if train.fp8.recipe == "mxfp8" else 16, model.kv_heads * model.head_size
+    multiple = 32 if train.fp8.recipe == "mxfp8" else 16
     sizes = {
         "model.hidden_size": model.hidden_size,
-        "num_attention_heads * head_dim / tp": model.num_attention_heads * model.head_size // p.tp,
-        "(num_attention_heads + 2 * num_query_groups) * head_dim / tp": (model.num_attention_heads * model.head_size + 2 * kv) // p.tp,
+        **(_latent_sizes if model.is_latent else _head_sizes)(model, p.tp),
         "model.ffn_hidden_size / tp": model.ffn_hidden_size // p.tp,
         "expert width / etp": model.moe_ffn_hidden_size // p.expert_tp if model.moe.num_experts else 0,
         "model.moe.shared_expert_ffn_hidden_size / tp": model.moe.shared_expert_ffn_hidden_size // p.tp,
@@ -423,6 +434,25 @@ def _fp8_sizes(run):
     wrong = [f"{name}({size})" for name, size in sizes.items() if size % multiple]
     if wrong:
         yield f"train.fp8.recipe={train.fp8.recipe} multiplies matrices whose dims are multiples of {multiple}, which {', '.join(wrong)} is not"
+
+
+def _head_sizes(model, tp: int) -> dict[str, int]:
+    """Of the matrices of an attention, by name, without hidden_size."""
+    queries, kv = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
+    return {"num_attention_heads * head_dim / tp": queries // tp, "(num_attention_heads + 2 * num_query_groups) * head_dim / tp": (queries + 2 * kv) // tp}
+
+
+def _latent_sizes(model, tp: int) -> dict[str, int]:
+    """The same of latent attention."""
+    mla, heads = model.mla, model.num_attention_heads // tp
+    return {
+        "model.mla.q_lora_rank": mla.q_lora_rank,
+        "model.mla.kv_lora_rank": mla.kv_lora_rank,
+        "mla.kv_lora_rank + qk_rope_head_dim": mla.kv_lora_rank + mla.qk_rope_head_dim,
+        "num_attention_heads / tp * (mla.qk_nope_head_dim + qk_rope_head_dim)": heads * model.head_size,
+        "num_attention_heads / tp * (mla.qk_nope_head_dim + v_head_dim)": heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+        "num_attention_heads / tp * mla.v_head_dim": heads * mla.v_head_dim,
+    }
 
 
 def _precision_aware(run):

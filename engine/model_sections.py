@@ -52,6 +52,8 @@ class Moe(Section):
     """Pad every expert's input to its capacity (fixed shapes)."""
     grouped_gemm: bool = True
     """One grouped matrix product over the local experts where the backend has it."""
+    permute_fusion: bool = True
+    """Tokens put in the order of experts, and back, by fused kernels where the backend has them."""
 
 
 class Mla(Section):

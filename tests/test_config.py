@@ -51,6 +51,7 @@ def problems(load):
 # One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
 VALID = ["data.valid.held_out=[there]", "train.eval_samples=8", "train.eval_every=5", "train.stop_when.metric=valid_loss"]
 GRAPHS = [
+    (["model.num_query_groups=0", "model.mla.kv_lora_rank=8"], "model.mla.kv_lora_rank(8): recording latent attention is not offered"),
     (["parallel.pp=2"], "parallel.pp(2): recording through a pipeline is not offered"),
     (["parallel.cp=2"], "parallel.cp(2): its attention runs on several streams"),
     (["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], "parallel.tp_comm_overlap, which runs on streams of its own"),
@@ -154,11 +155,14 @@ REFUSALS = [
      "and position=rope; set it to 0"),
     (["model.rope_local_theta=100", "model.sliding_window=8", "model.rope_scaling={kind: yarn, original_max_position: 64}"], None,
      "model.rope_local_theta with rope_scaling.kind=yarn: its factor of cos and sin would reach all layers; set rope_local_theta=0, or another kind"),
-    (["model.attention_sinks=true", "train.backend=te"], None, "model.attention_sinks=true exists for the torch layers alone; set train.backend=torch"),
+    (["model.attention_softcap=50", "train.backend=te"], None, "model.attention_softcap=50 exists for the torch layers alone; set train.backend=torch"),
     (["model.attention_softcap=50", "train.fp8.recipe=delayed"], None,
      "train.fp8.recipe=delayed needs Transformer Engine, which has no model.attention_softcap=50 here; set it to none"),
-    (["model.norm_zero_centered=true", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], None,
-     "parallel.tp_comm_overlap needs Transformer Engine, which has no model.norm_zero_centered=true here; set it to false"),
+    (["model.attention_softcap=50", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], None,
+     "parallel.tp_comm_overlap needs Transformer Engine, which has no model.attention_softcap=50 here; set it to false"),
+    (["model.norm_zero_centered=true", "model.norm=layernorm"], None, "model.norm_zero_centered=true is for rmsnorm, but model.norm=layernorm; set it to false"),
+    (["model.norm_zero_centered=true", "model.qk_norm=true", "model.qk_norm_width=all"], None,
+     "model.norm_zero_centered=true: a norm over all heads (model.qk_norm_width=all) is not centred so; set qk_norm_width=head"),
     ([*MOE, "model.moe.first_dense_layers=4"], None,
      "model.moe.num_experts(8) but no layer is MoE: layer_freq(1), first_dense_layers(4), dense_layers([]), num_layers(4)"),
     ([*MOE, "model.moe.dense_layers=[1,4]"], None, "model.moe.dense_layers names [4], but the last of num_layers(4) is 3; leave them out"),
@@ -168,6 +172,14 @@ REFUSALS = [
      "model.qk_norm_width=all normalises over tp ranks with rmsnorm alone, but model.norm=layernorm; set qk_norm_width=head"),
     (["parallel.sequence_parallel=true"], None,
      "parallel.sequence_parallel splits over tp ranks, but parallel.tp is 1; set tp >= 2 or sequence_parallel=false"),
+    (["model.num_query_groups=0", "model.mla.kv_lora_rank=8", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"], None,
+     "parallel.tp_comm_overlap has no buffers for the projections of latent attention (model.mla.kv_lora_rank=8), which are not as wide as "
+     "hidden_size; set it to false"),
+    (["model.num_query_groups=0", "train.fp8.recipe=blockwise",
+      "model.mla={q_lora_rank: 24, kv_lora_rank: 16, qk_nope_head_dim: 5, qk_rope_head_dim: 8, v_head_dim: 5}"], None,
+     "train.fp8.recipe=blockwise multiplies matrices whose dims are multiples of 16, which model.mla.q_lora_rank(24), "
+     "mla.kv_lora_rank + qk_rope_head_dim(24), num_attention_heads / tp * (mla.qk_nope_head_dim + qk_rope_head_dim)(104), "
+     "num_attention_heads / tp * mla.v_head_dim(40) is not"),
     (["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"], None,
      "parallel.overlap_param_gather gathers what zero1 has split; set parallel.zero1=true"),
     (["parallel.overlap_param_gather=true", "parallel.zero1=true"], None, "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true"),
@@ -177,8 +189,8 @@ REFUSALS = [
      "parallel.tp_comm_overlap overlaps the communication of sequence parallel; set parallel.sequence_parallel=true"),
     *((["train.cuda_graphs=true", *overrides], None, f"train.cuda_graphs does not go with {reason}; change that, or set train.cuda_graphs=false")
       for overrides, reason in GRAPHS),
-    (["train.cuda_graphs=true", "model.attention_sinks=true"], None,
-     "train.cuda_graphs needs Transformer Engine, which has no model.attention_sinks=true here; set it to false"),
+    (["train.cuda_graphs=true", "model.attention_softcap=50"], None,
+     "train.cuda_graphs needs Transformer Engine, which has no model.attention_softcap=50 here; set it to false"),
     (["train.fp8.params=true"], None, "train.fp8.params keeps parameters in FP8, but train.fp8.recipe is none; choose a recipe"),
     (["train.fp8.recipe=delayed", "train.backend=torch"], None,
      "train.fp8.recipe=delayed needs Transformer Engine, but train.backend=torch; set train.backend=te"),

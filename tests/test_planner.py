@@ -126,6 +126,18 @@ def test_activations_are_what_autograd_saves(num_ranks):
         assert said == pytest.approx(measured, rel=0.002), case
 
 
+def test_latent_attention_under_te_keeps_keys_and_values_of_their_own_sizes():
+    run = validate(raw(LATENT, {}, {**TWO, "precision": "bf16"}), 1)
+    tokens, heads, mla = run.train.seq_len * run.train.micro_batch, run.model.num_attention_heads, run.model.mla
+    key = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    assert Saved(run, "te").core(False) == 2 * tokens * heads * (2 * key + 2 * mla.v_head_dim) + 4 * tokens * heads
+    fp8 = run.model_copy(update={"train": run.train.model_copy(update={"fp8": run.train.fp8.model_copy(update={"recipe": "blockwise"})})})
+    latents, h = mla.kv_lora_rank + mla.q_lora_rank, run.model.hidden_size
+    more = Saved(run, "te").layer(False) - Saved(fp8, "te").layer(False)
+    # Of one byte less: inputs of the four projections (two of them copies of one), of the MLP's two products; but for attention's output, kept twice.
+    assert more == tokens * (latents + (h + run.model.ffn_hidden_size) - heads * mla.v_head_dim)
+
+
 def test_a_full_pipeline_holds_what_its_schedule_says():
     assert [in_flight(4, 1, rank, 8) for rank in range(4)] == [[4], [3], [2], [1]]
     assert in_flight(4, 1, 0, 2) == [2]                     # no more than there are

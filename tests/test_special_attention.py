@@ -120,8 +120,8 @@ def test_in_bf16_what_is_added_to_one_is_not_rounded_away():
     assert norm(large)[0, 0] > 1  # 1 + 1e-3 is 1 in bf16
 
 
-@pytest.mark.parametrize("fields, backend", [({}, "te"), ({"attention_sinks": True}, "torch"), ({"mla": {"kv_lora_rank": 8}}, "torch")],
-                         ids=["plain", "sinks", "latent"])
+@pytest.mark.parametrize("fields, backend", [({}, "te"), ({"attention_sinks": True}, "te"), ({"attention_softcap": 5.0}, "torch")],
+                         ids=["plain", "sinks", "caps"])
 def test_auto_takes_torch_layers_for_what_they_alone_have(monkeypatch, fields, backend):
     from engine.config import validate
     from engine.mcore import build

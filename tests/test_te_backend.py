@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import parity_table
 import pytest
+import te_stub
 import torch
 from training import merged
 
@@ -38,13 +39,30 @@ def largest_difference(ours, theirs) -> float:
     return max(abs(a - b) / abs(b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True))
 
 
-@pytest.mark.parametrize("model", ["dense", "tied", "tied-mtp", "window", "post", "gpt2", "moe-mixed", "moe-both"])
+@pytest.mark.parametrize("model", ["dense", "tied", "tied-mtp", "window", "post", "gpt2", "moe-mixed", "moe-both", *te_stub.VARIED])
 def test_te_equals_torch_from_the_same_seed(runs, model):
     """Losses and gradient norms of four AdamW steps; initial weights are drawn by name, so they too must be the same."""
     assert largest_difference(runs[model]["te"], runs[model]["torch"]) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["te to torch", "torch to te"])
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputing_latent_attention_changes_nothing(runs, how):
+    assert runs["latent recomputed"][how] == runs["latent recomputed"]["none"]
+
+
+@pytest.mark.parametrize("model", ["latent yarn", "gemma without caps", "moe-sinks"])
+def test_answers_are_drawn_with_the_scale_the_angles_and_the_sinks_of_training(runs, model):
+    """te's attention is not the one that draws."""
+    assert largest_difference(runs["answers"][model]["te"], runs["answers"][model]["torch"]) < 1e-6
+
+
+def test_tokens_are_permuted_by_fused_kernels_unless_told_otherwise(runs):
+    assert runs["permuted"] == ["permute", "sort_chunks", "unpermute"]
+    assert runs["permuted plainly"]["fused"] == []
+    assert largest_difference(runs["permuted plainly"]["losses"], runs["moe-mixed"]["te"]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["te to torch", "torch to te", "latent te to torch", "latent torch to te", "sinks te to torch", "sinks torch to te"])
 def test_checkpoints_move_between_backends(runs, kind):
     assert largest_difference(runs["moved"][kind]["broken"], runs["moved"][kind]["unbroken"]) < 1e-6
 
@@ -59,12 +77,28 @@ def test_documents_reach_attention_packed_and_whole_sequences_do_not(runs):
 
 
 def test_each_layer_is_made_of_the_fused_modules(runs):
-    attention = {"self_attention.linear_qkv": "TELayerNormColumnParallelLinear", "self_attention.core_attention": "TEDotProductAttention",
-                 "self_attention.linear_proj": "TERowParallelLinear"}
+    attention = {"input_layernorm": "IdentityOp", "self_attention.linear_qkv": "TELayerNormColumnParallelLinear", "self_attention.q_layernorm": "RMSNorm",
+                 "self_attention.core_attention": "TEDotProductAttention", "self_attention.linear_proj": "TERowParallelLinear"}
     dense = {**attention, "pre_mlp_layernorm": "IdentityOp", "mlp": "MLP", "mlp.linear_fc1": "TELayerNormColumnParallelLinear"}
     moe = {**attention, "pre_mlp_layernorm": "RMSNorm", "mlp": "MoELayer", "mlp.experts": "TEGroupedMLP",
            "mlp.experts.linear_fc1": "TEColumnParallelGroupedLinear"}
     assert runs["layers"] == [dense, moe, moe, moe]
+
+
+def test_latent_attention_is_made_of_te_modules(runs):
+    linear = {"linear_q_down_proj": "Whole", "linear_q_up_proj": "TEColumnParallelLinear", "linear_kv_down_proj": "Whole",
+              "linear_kv_up_proj": "TEColumnParallelLinear", "linear_proj": "TERowParallelLinear", "core_attention": "LatentCore",
+              "q_layernorm": "RMSNorm", "kv_layernorm": "RMSNorm"}
+    for layer in runs["latent layers"]:
+        assert {name.removeprefix("self_attention."): kind for name, kind in layer.items() if name.startswith("self_attention.")} == linear
+        assert layer["input_layernorm"] == "RMSNorm"
+    assert runs["latent layers"][-1]["mlp.experts"] == "TEGroupedMLP"
+
+
+def test_what_is_whole_on_every_tp_rank_counts_once_in_the_norm_and_what_is_split_on_all(runs):
+    """Transformer Engine marks all weights as split over tp, and no sinks."""
+    assert runs["split over tp"] == ["linear_kv_up_proj.weight", "linear_proj.weight", "linear_q_up_proj.weight",
+                                     "core_attention.softmax_offset", "linear_proj.weight", "linear_qkv.bias", "linear_qkv.weight"]
 
 
 # --- documents end to end ------------------------------------------------------------------------------------------------
@@ -97,9 +131,12 @@ def test_attention_inputs_are_plain_causal_without_documents():
 def with_te(monkeypatch):
     """Transformer Engine as good as there, for code that only fills megatron's configurations."""
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import moe_utils
 
     monkeypatch.setattr(build, "te_problem", "")
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+    for name in ("permute", "permute_with_probs", "sort_chunks_by_index", "sort_chunks_by_index_with_probs", "unpermute"):
+        monkeypatch.setattr(moe_utils, f"fused_{name}", object(), raising=False)
     monkeypatch.setattr("megatron.core.transformer.transformer_config.is_te_min_version", lambda *_: True)
 
 
@@ -159,6 +196,12 @@ def test_grouped_experts_with_biases_get_no_dropout_fusion(with_te):
     shape = {"model": {"linear_bias": True, "moe": {"shared_expert_ffn_hidden_size": 0}}}
     assert not build.transformer_config(te_run(shape), "cuda").bias_dropout_fusion
     assert build.transformer_config(te_run(), "cuda").bias_dropout_fusion
+
+
+def test_fused_permutation_has_a_switch(with_te):
+    assert build.transformer_config(te_run(), "cuda").moe_permute_fusion
+    assert not build.transformer_config(te_run({"model": {"moe": {"permute_fusion": False}}}), "cuda").moe_permute_fusion
+    assert not build.transformer_config(te_run({"train": {"backend": "torch"}}), "cuda").moe_permute_fusion
 
 
 def test_a_sliding_window_under_cp_gathers_instead_of_the_ring(with_te):
@@ -298,6 +341,12 @@ def test_documents_want_one_sample_per_micro_batch_and_no_cp():
         spec_te.check(te_run(documents, {"train": {"micro_batch": 2}}))
     with pytest.raises(ValueError, match=r"no document masks under context parallel \(parallel.cp=2\)"):
         spec_te.check(te_run(documents, {"parallel": {"cp": 2}}))
+
+
+def test_sinks_want_no_cp():
+    spec_te.check(te_run({"model": {"attention_sinks": True}}))
+    with pytest.raises(ValueError, match=r"no model.attention_sinks under context parallel \(parallel.cp=2\), whose ring knows none; set cp=1, or "):
+        spec_te.check(te_run({"model": {"attention_sinks": True}, "parallel": {"cp": 2}}))
 
 
 @pytest.mark.parametrize("recipe, question", [("delayed", "is_fp8_available"), ("mxfp8", "is_mxfp8_available")])

@@ -84,6 +84,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm and model.qk_norm_width == "head",  # norms.py has the others: megatron sums gradients of these over tp
         softmax_scale=softmax_scale(model),
+        softmax_type="learnable" if model.attention_sinks and on_te else "vanilla",
         layernorm_zero_centered_gamma=model.norm_zero_centered,
         window_size=(model.sliding_window - 1, 0) if model.sliding_window else None,
         window_attn_skip_freq=None if not model.sliding_window or all(model.window_layers) else [
@@ -195,6 +196,7 @@ def _experts(run, on_te: bool) -> dict:
         moe_pad_expert_input_to_capacity=moe.pad_to_capacity,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=moe.grouped_gemm and on_te,
+        moe_permute_fusion=moe.permute_fusion and on_te,
     )
 
 

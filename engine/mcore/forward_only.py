@@ -116,8 +116,10 @@ def forward_only(model) -> Iterator[list[Attention]]:
                 changes.append((module, "__class__", _PLAIN[type(module)]))
         for layer in bare(chunk).decoder.layers:
             attention = layer.self_attention.core_attention
-            if not isinstance(attention, Attention):  # Transformer Engine's, which knows no cache of ours; neither has parameters
-                attention = Attention(layer.config, layer.layer_number, None, "self").eval()
+            if not isinstance(attention, Attention):  # Transformer Engine's, which knows no cache of ours; its sinks are all it has
+                sinks = attention.softmax_offset
+                attention = Attention(layer.config, layer.layer_number, None, "self", softmax_scale=layer.config.softmax_scale).eval()
+                attention.softmax_offset = sinks
                 changes.append((layer.self_attention, "core_attention", attention))
             attentions.append(attention)
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]

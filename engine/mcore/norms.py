@@ -28,23 +28,27 @@ from engine.mcore.ops_torch import RMSNorm
 def placed(layer: ModuleSpec, config, model, norm, column) -> ModuleSpec:
     """`layer` with its norms where model.norm_place and model.qk_norm_width say. norm: the backend's; column: its column-parallel layer that
     has no norm in front, which takes the place of one that has."""
-    parts = layer.submodules
     if model.qk_norm and model.qk_norm_width == "all":
         heads = {"q_layernorm": config.num_attention_heads, "k_layernorm": config.num_query_groups}
-        parts = _with_attention(parts, **{name: ModuleSpec(module=WholeNorm, params={"num_heads": num}) for name, num in heads.items()})
+        layer = with_attention(layer, **{name: ModuleSpec(module=WholeNorm, params={"num_heads": num}) for name, num in heads.items()})
     if model.norm_place == "post":
-        parts = _with_attention(replace(parts, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp), linear_qkv=column)
+        if hasattr(layer.submodules.self_attention.submodules, "linear_qkv"):  # latent attention never has the norm in one of its layers
+            layer = with_attention(layer, linear_qkv=column)
+        parts = replace(layer.submodules, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
         if hasattr(parts.mlp.submodules, "linear_fc1"):  # of experts the norm in front is always a layer of its own
             parts = replace(parts, mlp=replace(parts.mlp, submodules=replace(parts.mlp.submodules, linear_fc1=column)))
+        layer = replace(layer, submodules=parts)
     if model.norm_place == "pre":
-        return replace(layer, submodules=parts)
+        return layer
     add = ModuleSpec(module=NormedAdd, params={"config": config, "norm": norm})
-    return replace(layer, module=Layer, submodules=replace(parts, self_attn_bda=add, mlp_bda=add))
+    return replace(layer, module=Layer, submodules=replace(layer.submodules, self_attn_bda=add, mlp_bda=add))
 
 
-def _with_attention(parts, **changes):
-    attention = parts.self_attention
-    return replace(parts, self_attention=replace(attention, submodules=replace(attention.submodules, **changes)))
+def with_attention(layer: ModuleSpec, **changes) -> ModuleSpec:
+    """`layer` with other parts in its attention."""
+    attention = layer.submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, **changes))
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 class Layer(TransformerLayer):

@@ -9,6 +9,7 @@ makes angles, and the function by which megatron's attention asks for that facto
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import attention as megatron_attention
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from engine import rope
 from engine.mcore import mtp
@@ -32,9 +33,10 @@ def install(chunk, model) -> None:
 
 
 def _own_angles(attention, args, kwargs):
-    """Of angles for both kinds of layers, those of this one."""
+    """Of angles for both kinds of layers, those of this one, as rows without gaps, which Transformer Engine's kernel takes them for."""
     everywhere, local = kwargs["rotary_pos_emb"].chunk(2, dim=-1)
-    return args, {**kwargs, "rotary_pos_emb": local if attention.core_attention.window else everywhere}
+    is_windowed = is_layer_window_attention(attention.config.window_size, attention.config.window_attn_skip_freq, attention.layer_number)
+    return args, {**kwargs, "rotary_pos_emb": (local if is_windowed else everywhere).contiguous()}
 
 
 class Rotary(RotaryEmbedding):

@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from engine.mcore import attention_torch, masks, norms
-from engine.mcore.latent_torch import LatentAttention, LatentSubmodules
+from engine.mcore.latent import LatentAttention, LatentSubmodules, Whole
 from engine.mcore.ops_torch import RMSNorm, SwiGLU, ZeroCentredRMSNorm, apply_rope
 
 megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choice here; ours hands other cases back to it
@@ -85,7 +85,8 @@ def _attention_spec(config, model) -> ModuleSpec:
     core = functools.partial(Attention, softcap=model.attention_softcap, has_sinks=model.attention_sinks)
     if model.is_latent:
         return ModuleSpec(module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal},
-                          submodules=LatentSubmodules(norm=Norm, core_attention=core, mla=model.mla))
+                          submodules=LatentSubmodules(norm=Norm, down=Whole, up=ColumnParallelLinear, linear_proj=RowParallelLinear,
+                                                      core_attention=core, mla=model.mla))
     qk_norm = Norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear,

@@ -84,8 +84,8 @@ class Saved:
     # --- parts of a layer ---------------------------------------------------------------------------------------------
 
     def _statistics(self, tokens: int, width: int) -> int:
-        """Of a norm: 1 / rms, or mean and 1 / std, in fp32; norms around zero keep 1 + weight too."""
-        return 4 * tokens * (1 if self.model.norm == "rmsnorm" else 2) + 4 * width * self.model.norm_zero_centered
+        """Of a norm: 1 / rms, or mean and 1 / std, in fp32; norms around zero of the torch layers keep 1 + weight too."""
+        return 4 * tokens * (1 if self.model.norm == "rmsnorm" else 2) + 4 * width * (self.model.norm_zero_centered and self.backend == "torch")
 
     def _dropped(self, numel: int) -> int:
         """The mask of a dropout: one byte on a GPU, on a CPU a number of the model's precision."""
@@ -130,10 +130,14 @@ class Saved:
         return queries + tokens * (self.q + 2 * self.kv) * self.bytes + statistics
 
     def _latents(self) -> int:
-        """Multi-head latent attention: the latents before and behind their norms."""
+        """Multi-head latent attention: the latents before and behind their norms. The torch layers' norm keeps the key that RoPE turns with its latent;
+        under FP8 each of the two products that read the hidden states keeps a copy of its own."""
         mla, stream = self.model.mla, self.stream
-        rows = mla.kv_lora_rank * 2 + mla.qk_rope_head_dim + 2 * mla.q_lora_rank
-        return stream * rows * self.bytes + self._statistics(stream, mla.kv_lora_rank) + (self._statistics(stream, mla.q_lora_rank) if mla.q_lora_rank else 0)
+        ranks = mla.kv_lora_rank + mla.q_lora_rank
+        kept = stream * (ranks + (mla.qk_rope_head_dim if self.backend == "torch" else 0)) * self.bytes + stream * ranks * self.input_bytes
+        if self.input_bytes < self.bytes:
+            kept += stream * self.model.hidden_size * self.input_bytes
+        return kept + self._statistics(stream, mla.kv_lora_rank) + (self._statistics(stream, mla.q_lora_rank) if mla.q_lora_rank else 0)
 
     def _core(self, is_windowed: bool) -> int:
         """The attention itself, and the input of the product behind it."""
@@ -159,7 +163,8 @@ class Saved:
             k = self.keys * self.q
         statistics = 4 * self.tokens * self.heads
         if self.backend == "te":
-            made = self.tokens * (self.q + 2 * self.kv)      # values are a part of the fused product's output
+            # Values are a part of the fused product's output; those of latent attention are copied out of theirs.
+            made = self.tokens * (self.v if self.model.is_latent else self.q + 2 * self.kv)
             return (q + k + made + self.tokens * self.out) * self.bytes + statistics
         model, scores = self.model, self.tokens * self.heads * self.seq
         mask = self.mask(is_windowed)
@@ -194,7 +199,7 @@ class Saved:
     def _gate(self, rows: int, width: int) -> int:
         """Between the two products of an MLP: the input of the activation, what it keeps besides, and the input of the second product."""
         second = rows * width * self.input_bytes
-        if self.model.activation == "swiglu" or self.backend == "te" and self.model.gated:
+        if self._is_gate_fused:
             return 2 * rows * width * self.bytes + second
         if self.model.gated:      # written out: the gate, the other factor, both parts of a product
             return (5 if self.model.activation == "clamped_swiglu" else 4) * rows * width * self.bytes + second
@@ -202,16 +207,24 @@ class Saved:
             return second      # relu keeps its output
         return (2 if self.model.activation == "squared_relu" else 1) * rows * width * self.bytes + second
 
+    @property
+    def _is_gate_fused(self) -> bool:
+        """One operation from the first product's output to the second's input? te's takes no bias (build.py)."""
+        return self.model.activation == "swiglu" and not (self.backend == "te" and self.model.linear_bias)
+
     def _moe(self) -> int:
         model, moe, p = self.model, self.model.moe, self.run.parallel
         total = self._residual_and_norm() + self._normed_input() + self._behind()
         # The router: choices and their scores, the scores for the balancing loss, and the map of tokens to experts.
-        total += self.stream * (moe.top_k * (8 + 4 + 8) + moe.num_experts * (4 + 4 + 1)) + 8 * self.stream * moe.top_k
+        total += self.stream * (moe.top_k * (8 + 4 + 8) + moe.num_experts * (4 + 4 + 1))
+        # Where each row goes: its number, or for the fused kernels rows and experts of each token, and both orders of the rows of local experts.
+        is_fused = self.backend == "te" and moe.permute_fusion
+        total += 4 * self.stream * (2 * moe.num_experts + 1) + 8 * self.expert_rows if is_fused else 8 * self.stream * moe.top_k
         if moe.shared_expert_ffn_hidden_size:
             total += self._gate(self.tokens, moe.shared_expert_ffn_hidden_size // self.tp)
         rows, width = self.expert_rows, model.moe_ffn_hidden_size // p.expert_tp
         # Tokens in the order of experts; in the experts the activation's output before it is weighted, and the weights.
-        weighted = 0 if self.backend == "te" else rows * width * self.bytes
+        weighted = 0 if self.backend == "te" and self._is_gate_fused else rows * width * self.bytes
         return total + rows * model.hidden_size * self.input_bytes + self._gate(rows, width) + weighted + rows * 4
 
     @cached_property

@@ -48,7 +48,7 @@ def layouts(base: RunConfig, cluster, pins: dict, backend: str) -> Iterator[Layo
     world = cluster.num_gpus
 
     def problems_of(run) -> tuple[str, ...]:
-        return (*cross_checks(run, world), *(torch_only.documents(run) if backend == "te" else ()))
+        return (*cross_checks(run, world), *(torch_only.limits(run) if backend == "te" else ()))
 
     for axes in _grids(base, cluster, pins):
         for i, micro_batch in enumerate(_micro_batches(base, axes, world, pins)):

@@ -18,6 +18,10 @@ needs_te = pytest.mark.skipif(bool(GPUS) and not gpu.has_te(), reason="needs Tra
 needs_two = pytest.mark.skipif(0 < GPUS < 2, reason="needs two GPUs")
 TE = {"train": {"backend": "te"}}
 BACKENDS = ["torch", pytest.param("te", marks=needs_te)]
+# DeepSeek's sizes of a head, few of them. Its projections are in dims that FP8 takes.
+LATENT = {"family": "deepseek_v3", "num_query_groups": 0, "qk_norm": False,
+          "mla": {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}}
+LATENT_MOE = {**LATENT, "moe": {**MOE, "first_dense_layers": 1}}
 NEEDS = {"delayed": ((8, 9), (99,)), "tensorwise": ((8, 9), (99,)), "blockwise": ((9, 0), (99,)), "mxfp8": ((10, 0), (12, 0))}
 RECIPES = [pytest.param(recipe, marks=[needs_te, pytest.mark.skipif(bool(GPUS) and not least <= CAPABILITY < beyond,
                                                                   reason=f"{recipe} needs compute capability {least} or more, below {beyond}")])
@@ -67,6 +71,7 @@ def test_losses_equal_the_cpus(run, start, tmp_path, backend, precision, rtol):
 
 @needs_te
 @pytest.mark.parametrize("model", [{"moe": MOE}, {"tie_embeddings": True, "qkv_bias": True}, {"sliding_window": 16},
+                                   LATENT, LATENT_MOE, {**LATENT, "mla": {**LATENT["mla"], "q_lora_rank": 0}},
                                    {"position": "learned", "norm": "layernorm", "activation": "gelu", "linear_bias": True, "qk_norm": False}], ids=str)
 def test_te_equals_plain_layers(run, tmp_path, model):
     """MoE runs grouped matrix products here. Both start from the same draw, which goes by the parameter's name."""
@@ -78,6 +83,13 @@ def test_te_equals_plain_layers(run, tmp_path, model):
 def test_grouped_products_equal_one_product_per_expert(run, tmp_path):
     grouped, single = (gpu.train(run, TE, at(tmp_path, str(flag)), {"model": {"moe": {**MOE, "grouped_gemm": flag}}}) for flag in (True, False))
     np.testing.assert_allclose(losses(grouped), losses(single), rtol=5e-3)
+
+
+@needs_te
+@pytest.mark.parametrize("change", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "pad_to_capacity": True}], ids=str)
+def test_tokens_permuted_by_fused_kernels_equal_those_permuted_by_torch(run, tmp_path, change):
+    fused, plain = (gpu.train(run, TE, at(tmp_path, str(flag)), {"model": {"moe": {**MOE, **change, "permute_fusion": flag}}}) for flag in (True, False))
+    np.testing.assert_allclose(losses(fused), losses(plain), rtol=5e-3)
 
 
 @needs_te
@@ -118,7 +130,7 @@ def falls(lines) -> bool:
     return len(found) == 20 and np.isfinite(found).all() and found[-5:].mean() < found[:5].mean() - 0.2
 
 
-@pytest.mark.parametrize("model", [{}, {"moe": MOE}], ids=["dense", "moe"])
+@pytest.mark.parametrize("model", [{}, {"moe": MOE}, LATENT_MOE], ids=["dense", "moe", "latent"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_fp8_recipe_trains(run, recipe, model):
     assert falls(gpu.train(run, TE, {"model": model, "train": {"steps": 20, "fp8": {"recipe": recipe}}}))
@@ -174,6 +186,16 @@ def test_a_checkpoint_of_a_gpu_goes_on_anywhere(run, tmp_path):
     np.testing.assert_allclose(losses(moved), losses(whole), rtol=2e-2)
 
 
+@needs_te
+def test_documents_of_te_equal_the_masks_of_torch_in_latent_attention(run, tmp_path):
+    """Keys are wider than values there. From a step of a CPU, as checkpoints move from the torch layers to te's."""
+    model = {"model": LATENT}
+    gpu.train(run, model, at(tmp_path, "start"), {"train": {"precision": "fp32", "steps": 1}, "schedule": {"decay_steps": 6}}, device="cpu")
+    start = {"checkpoint": {"load": str(tmp_path / "start"), "load_optimizer": False}, "data": {"reset_at_eod": True}}
+    te, torch = (gpu.train(run, model, start, at(tmp_path, backend), {"train": {"backend": backend}}) for backend in ("te", "torch"))
+    np.testing.assert_allclose(losses(te), losses(torch), rtol=1e-2)
+
+
 # --- several GPUs --------------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +236,18 @@ def test_context_parallel_by_te_equals_one_gpu(run, tmp_path):
     one = gpu.train(run, TE, plain, at(tmp_path, "one"))
     two = gpu.train(run, TE, plain, at(tmp_path, "two"), {"parallel": {"cp": 2}}, num_ranks=2)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-2)
+
+
+@needs_two
+@needs_te
+@pytest.mark.parametrize("layout", [{"tp": 2, "sequence_parallel": True, "etp": 1, "ep": 2}, {"cp": 2}], ids=["tp sp ep", "cp"])
+def test_latent_attention_of_te_split_over_two_gpus_equals_one(run, tmp_path, layout):
+    """The gradient norm counts projections that are whole on both ranks once."""
+    plain = {"data": {"reset_at_eod": False}, "model": LATENT_MOE}
+    one = gpu.train(run, TE, plain, at(tmp_path, "one"))
+    two = gpu.train(run, TE, plain, at(tmp_path, "two"), {"parallel": layout}, num_ranks=2)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-2)
+    np.testing.assert_allclose([line["grad_norm"] for line in two], [line["grad_norm"] for line in one], rtol=2e-2)
 
 
 @needs_two

@@ -57,6 +57,8 @@ def test_parts_of_models_equal_the_cpus(plain, tmp_path, model):
     {"rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_position": 32}},
     {"logits_softcap": 5.0, "scale_embeddings": True},
     {"family": "mixtral", "moe": {"num_experts": 8, "top_k": 2, "num_groups": 4, "group_top_k": 2, "balance": "none"}},
+    {"norm_zero_centered": True, "norm_place": "both", "sliding_window": 16, "sliding_window_freq": 2, "rope_local_theta": 100.0},
+    {"attention_sinks": True, "activation": "clamped_swiglu", "swiglu_limit": 2.0, "sliding_window": 16, "sliding_window_freq": 2},
 ], ids=str)
 def test_what_te_shares_with_the_torch_layers(plain, tmp_path, change):
     shape = {"model": {"hidden_size": 128, "ffn_hidden_size": 256, **change}, "train": {"seq_len": 64}}

@@ -234,6 +234,59 @@ def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
         kind_of("Tesla T4")
 
 
+@pytest.fixture
+def beside(published):
+    import planner
+
+    return planner
+
+
+def test_an_unknown_gpu_is_told_before_anything_runs(beside, monkeypatch):
+    done = subprocess.run([sys.executable, "benchmarks/planner.py", "several", "--gpu", "abacus"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --gpu abacus is no GPU known here; there are h100, h100-pcie, ") and done.stderr.count("\n") == 1
+    monkeypatch.setattr(beside.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "Tesla T4\n"))
+    with pytest.raises(ConfigError, match="Tesla T4 is no GPU known here; --gpu names one that is like it: h100, h100-pcie, "):
+        beside.kind_of_gpu("")
+    assert beside.kind_of_gpu("h200") == "h200"
+    monkeypatch.setattr(beside, "several", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["planner.py", "several"])
+    assert beside.main() == 2
+
+
+def test_what_was_measured_is_judged_by_the_goals(beside):
+    def good(*row, is_cpu=False):
+        (line, is_within), = beside.judged([row], is_cpu)
+        assert ("outside" in line or "not equal" in line) != is_within
+        return is_within
+
+    assert good("in use on the device", 60, 64, "GiB") and good("in use on the device", 70, 64, "GiB") and not good("in use on the device", 71, 64, "GiB")
+    assert good("step", 0.81, 1, "s") and not good("step", 0.79, 1, "s") and not good("step", 1.21, 1, "s")
+    assert good("gradients", 1.0, 1.0, "GiB", is_cpu=True) and not good("gradients", 1 + 2**-30, 1.0, "GiB", is_cpu=True)
+    assert good("activations of a micro-batch", 1.0019, 1.0, "GiB", is_cpu=True) and not good("activations of a micro-batch", 1.0021, 1.0, "GiB", is_cpu=True)
+    assert [beside.verdict(*three)[1:] for three in ((True, True, True), (False, True, True), (True, False, False), (True, True, False), (True, False, True))] == [
+        (True, 0), (False, 0), (True, 0), (False, 1), (False, 1)]
+
+
+def test_several_counts_what_is_within_and_fails_where_one_does(beside, monkeypatch, capfd):
+    monkeypatch.setattr(beside, "SEVERAL", {"good": beside.SEVERAL["mixture of 8 experts"], "broken": (dict(family="abacus"), {})})
+    assert beside.several("", 1, True) == 1
+    said = capfd.readouterr()
+    assert said.out.splitlines()[-1] == "1 of 2 within" and "  fits, as planned: within" in said.out
+    assert said.out.count("  equal") == 3 and "within 0.2%" in said.out
+    assert said.err.splitlines()[-1] == "failed, or wrong about whether it fits: broken"
+
+
+def test_a_run_out_of_memory_that_was_planned_to_fit_counts_as_wrong(tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(raw(GQA, {}, {})))
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import planner, torch, engine.mcore.run as run\n" \
+           "def full(*_): raise torch.cuda.OutOfMemoryError('CUDA out of memory.')\n" \
+           "run.ParallelModel = full; sys.argv = ['planner.py', 'run', sys.argv[1], '--found', sys.argv[2]]; sys.exit(planner.main())"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml"), str(tmp_path / "found")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "planned: fits; the truth: does not fit" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "found").read_text()) == {"is_within": False}
+
+
 def test_published_runs_fit(published):
     """Megatron-LM's table as it stands; the dense FP8 runs of Megatron Bridge with the bf16 gradients and moments of its recipes."""
     for row in published.ROWS:

@@ -1,9 +1,10 @@
 """torchtitan as a contestant of gpu_table.py: its own Trainer, whose train_step is the step. Written against torchtitan 0.3.0 (peers.txt).
 
-Taken as torchtitan has it for one GPU: the Llama of its models/llama3, fp32 weights under fully_shard's mixed precision (bf16 copies, fp32 gradients), fused
-AdamW, each block and the loss compiled, the loss chunk by chunk, forward and backward recorded as one CUDA graph, garbage collected by its own handler.
-Switched off: recomputation, as in our run, and what is no training (logging, checkpoints, validation). Put in its place: sizes, and tokens, which come from
-the caller, so there is neither tokenizer nor data set. tests/test_gpu_table.py shows on a CPU that with equal weights its loss is the engine's.
+Taken as torchtitan has it for one GPU: the Llama of its models/llama3, fp32 weights under fully_shard's mixed precision (bf16 copies, fp32
+gradients), fused AdamW, each block and the loss compiled, the loss chunk by chunk, forward and backward recorded as one CUDA graph, garbage
+collected by its own handler. Switched off: recomputation, as in our run, and what is no training (logging, checkpoints, validation). Put in its
+place: sizes, and tokens, which come from the caller, so there is neither tokenizer nor data set. tests/test_gpu_table.py shows on a CPU that
+with equal weights its loss is the engine's.
 """
 
 import os
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 
-def trainer_of(sizes: dict, attention: str = "flex", fp8: bool = False, low_moments: bool = False, compile: bool = True, dtype: str = "bfloat16", lr: float = 0):
-    """torchtitan's Trainer at these sizes. attention: "flex", its default, with the masks of documents; "sdpa": torch's own, causal, cuDNN's kernel first,
-    which it has for other models. fp8: its Float8LinearConverter (torchao, one scale per row). low_moments: Adam's moments in bf16. dtype: of the products.
-    Raises ImportError where it or a part of it is not installed."""
+def trainer_of(sizes: dict, attention: str = "flex", fp8: bool = False, low_moments: bool = False, compile: bool = True,
+               dtype: str = "bfloat16", lr: float = 0):
+    """torchtitan's Trainer at these sizes. attention: "flex", its default, with the masks of documents; "sdpa": torch's own, causal, cuDNN's kernel
+    first, which it has for other models. fp8: its Float8LinearConverter (torchao, one scale per row). low_moments: Adam's moments in bf16. dtype: of
+    the products. Raises ImportError where it or a part of it is not installed."""
     import torch
 
     if sizes["device"] == "cpu":
@@ -83,10 +85,11 @@ def _llama(sizes: dict):
     rope = ComplexRoPE.Config(dim=hidden // heads, max_seq_len=sizes["seq"], theta=10000.0)
     embedding = Embedding.Config(num_embeddings=vocab, embedding_dim=hidden, param_init=_EMBEDDING_SKIP_INIT if tied else _EMBEDDING_INIT)
     return Llama3Model.Config(
-        dim=hidden, vocab_size=vocab, enable_weight_tying=tied, tok_embeddings=embedding, norm=RMSNorm.Config(normalized_shape=hidden, param_init=_NORM_INIT),
+        dim=hidden, vocab_size=vocab, enable_weight_tying=tied, tok_embeddings=embedding,
+        norm=RMSNorm.Config(normalized_shape=hidden, param_init=_NORM_INIT),
         lm_head=Linear.Config(in_features=hidden, out_features=vocab, param_init=_output_linear_init(hidden)),
-        layers=_build_llama3_layers(n_layers=sizes["layers"], dim=hidden, n_heads=heads, n_kv_heads=sizes.get("groups") or heads, hidden_dim=sizes["ffn"],
-                                    rope=rope, attn_backend="flex"))
+        layers=_build_llama3_layers(n_layers=sizes["layers"], dim=hidden, n_heads=heads, n_kv_heads=sizes.get("groups") or heads,
+                                    hidden_dim=sizes["ffn"], rope=rope, attn_backend="flex"))
 
 
 def _know_the_cpu(torch) -> None:
@@ -96,8 +99,8 @@ def _know_the_cpu(torch) -> None:
     nothing = lambda *_: None  # noqa: E731
     utils.device_type = "cpu"
     utils.device_module = SimpleNamespace(
-        set_device=nothing, device_count=lambda: 1, current_device=lambda: 0, synchronize=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing,
-        get_device_name=lambda _: "CPU", get_device_properties=lambda _: SimpleNamespace(total_memory=1), memory_stats=lambda _: {})
+        set_device=nothing, device_count=lambda: 1, current_device=lambda: 0, synchronize=nothing, empty_cache=nothing,
+        reset_peak_memory_stats=nothing, get_device_name=lambda _: "CPU", get_device_properties=lambda _: SimpleNamespace(total_memory=1), memory_stats=lambda _: {})
 
 
 def batch_of(tokens):

@@ -134,7 +134,7 @@ def megatron(sizes: dict):
 
 
 def torchtitan(sizes: dict, **options):
-    """torchtitan's Trainer (_gpu_titan.py). On a CPU uncompiled, with SDPA, for FlexAttention has no backward pass there, and with moments in fp32."""
+    """torchtitan's Trainer (_gpu_titan.py). On a CPU uncompiled, with SDPA (FlexAttention has no backward pass there) and moments in fp32."""
     from _gpu_titan import batch_of, trainer_of
 
     from engine import metrics
@@ -151,8 +151,8 @@ def torchtitan(sizes: dict, **options):
 
 
 def torchao_llama(sizes: dict):
-    """A Llama in plain torch whose blocks are compiled and take FP8 products by torchao's Float8Linear with one scale per tensor, as our first recipe does;
-    torchtitan's converter has one per row alone. bf16 weights with torch's fused AdamW, attention by SDPA."""
+    """A Llama in plain torch whose blocks are compiled and take FP8 products by torchao's Float8Linear with one scale per tensor, as our first
+    recipe does; torchtitan's converter has one per row alone. bf16 weights with torch's fused AdamW, attention by SDPA."""
     import torch
     import torch.nn.functional as F
     from torchao.float8 import convert_to_float8_training

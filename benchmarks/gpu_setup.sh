@@ -5,7 +5,8 @@
 #   benchmarks/gpu_setup.sh install FOLDER [--no-te]          on the GPU machine, in a checkout, with FOLDER carried there
 #
 # pack: wheels of the plain dependencies in the versions of this checkout's .venv, megatron-core, Transformer Engine's core, the source of its torch
-# part, and the contestants of gpu_table.py (peers.txt), as parts of at most 60 MiB with their SHA-256. REQUIREMENT: more of them, such as nvidia-dali-cuda130.
+# part, and the contestants of gpu_table.py (peers.txt), as parts of at most 60 MiB with their SHA-256. REQUIREMENT: more of them, such as
+# nvidia-dali-cuda130.
 # install: joins the parts, makes .venv, which also sees the packages of the interpreter that holds torch, compiles Transformer Engine's torch part and
 # csrc. The compiled wheel stays in FOLDER/built, so a second install, or another such machine, does not compile it again.
 #

@@ -51,7 +51,7 @@ def recipes() -> dict:
 
 
 def beside_torchtitan(label: str, ours: dict, theirs: dict) -> dict:
-    """torchtitan twice: as it comes, with FlexAttention, and with torch's attention, which has faster kernels where nothing but the future is masked."""
+    """torchtitan twice: as it comes, with FlexAttention, and with torch's attention, whose kernels for a causal mask may be faster."""
     return {label: ("ours", ours), "torchtitan": ("torchtitan", theirs), "torchtitan, SDPA": ("torchtitan", {"attention": "sdpa", **theirs})}
 
 
@@ -65,8 +65,8 @@ ROWS = [
              "at least 413 TFLOP/s; at least 1.05x the faster torchtitan"),
     training("llama_1b_8192", {**LLAMA_1B, "seq": 8192, "batch": 1}, beside_torchtitan("ours", BF16, {}),
              "at least 413 TFLOP/s; at least 1.05x the faster torchtitan"),
-    # 3.2 billion parameters at 18 bytes and their activations would be too much for 80 GB; with moments and gradients in bf16 they are 12; torchtitan too
-    # can keep its moments in bf16.
+    # 3.2 billion parameters at 18 bytes and their activations would be too much for 80 GB; with moments and gradients in bf16 they are 12;
+    # torchtitan too can keep its moments in bf16.
     training("llama_3b_4096", {**LLAMA_3B, "seq": 4096, "batch": 1},
              beside_torchtitan("ours, moments in bf16", {"optim": {"precision_aware": True}}, {"low_moments": True}),
              "at least 432 TFLOP/s; at least 1.05x the faster torchtitan"),

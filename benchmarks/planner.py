@@ -5,13 +5,13 @@
     torchrun --nproc-per-node N benchmarks/planner.py run CONFIG.yaml [key=value ...]    # peak memory and step time on N GPUs, or memory on N CPU ranks
 
 `several` does `run` with each of SEVERAL in a process of its own; --tiny: at toy sizes on a CPU rank, which shows that it runs.
-`run` trains a few steps on random tokens in the configuration's own layout and prints measured / predicted, within or outside the goal. On a GPU: what torch
-allocated at its most against all the planner counts but CUDA and fragmentation, what the device had in use against the whole (goal: within 10%), and the
-median step (20%). On CPU ranks, where there is no speed to compare: parameters, gradients and optimizer state of rank 0 (to the byte), and what autograd saves
-of one micro-batch, summed over the ranks (0.2%), as tests/test_planner.py demands.
+`run` trains a few steps on random tokens in the configuration's own layout and prints measured / predicted, within or outside the goal. On a GPU:
+what torch allocated at its most against all the planner counts but CUDA and fragmentation, what the device had in use against the whole (goal:
+within 10%), and the median step (20%). On CPU ranks, where there is no speed to compare: parameters, gradients and optimizer state of rank 0 (to the
+byte), and what autograd saves of one micro-batch, summed over the ranks (0.2%), as tests/test_planner.py demands.
 
-Exit codes: 0 all ran, and each fitted or ran out of memory as planned, whether or not within the goals, which the lines say; 1 one failed to run, or the
-planner was wrong about whether it fits; 2 usage, or a GPU that the planner does not know, which is told before anything runs.
+Exit codes: 0 all ran, and each fitted or ran out of memory as planned, whether or not within the goals, which the lines say; 1 one failed to run,
+or the planner was wrong about whether it fits; 2 usage, or a GPU that the planner does not know, which is told before anything runs.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def judged(rows, is_cpu: bool):
         goal = CPU_GOALS[name] if is_cpu else GOALS[unit]
         is_within = abs(measured - said) <= goal * said
         words = f"{'within' if is_within else 'outside'} {goal:.1%}" if goal else "equal" if is_within else "not equal"
-        yield f"  {name:32} measured {measured:10.4f} {unit:5} planned {said:10.4f} {unit:5} measured / planned {measured / said:.3f}  {words}", is_within
+        line = f"  {name:32} measured {measured:10.4f} {unit:5} planned {said:10.4f} {unit:5} measured / planned {measured / said:.3f}  {words}"
+        yield line, is_within
 
 
 def verdict(is_within: bool, planned_to_fit: bool, fitted: bool) -> tuple[str, bool, int]:

@@ -1,7 +1,7 @@
 """One step of the engine and of torchtitan in fp32 with equal weights and tokens, on a CPU: python tests/titan_probe.py JSON of the sizes.
 
-Prints a JSON object of pairs [ours, theirs]: the loss, the gradient norm, and what their parameters number. A process of its own, because torchtitan sets
-switches of torch for the whole of it.
+Prints a JSON object of pairs [ours, theirs]: the loss, the gradient norm, and what their parameters number. A process of its own, because
+torchtitan sets switches of torch for the whole of it.
 """
 
 import json
@@ -31,7 +31,7 @@ def compared(sizes: dict) -> dict:
     found["loss"] = [result.loss, loss.item()]
     squares = sum(parameter.grad.full_tensor().double().square().sum() for parameter in theirs.parameters())
     found["gradient norm"] = [ours.step(LR), squares.sqrt().item()]
-    found["parameters"] = [sum(parameter.numel() for parameter in ours.chunks[0].parameters()), sum(parameter.numel() for parameter in theirs.parameters())]
+    found["parameters"] = [sum(parameter.numel() for parameter in network.parameters()) for network in (ours.chunks[0], theirs)]
     return found
 
 

@@ -133,11 +133,29 @@ def megatron(sizes: dict):
     return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], sizes["batch"])
 
 
-def torch_llama(sizes: dict, fp8: bool = False, compile: bool = True):
-    """A Llama in plain torch, each block compiled, flash attention by SDPA, bf16 weights with torch's fused AdamW: torchtitan's way on one GPU (its own
-    single-GPU run keeps fp32 weights, so this one moves less). fp8: torchao's Float8Linear with one scale per tensor."""
+def torchtitan(sizes: dict, **options):
+    """torchtitan's Trainer (_gpu_titan.py). On a CPU uncompiled, with SDPA (FlexAttention has no backward pass there) and moments in fp32."""
+    from _gpu_titan import batch_of, trainer_of
+
+    from engine import metrics
+
+    on_cpu = {"attention": "sdpa", "compile": False, "low_moments": False} if sizes["device"] == "cpu" else {}
+    trainer = trainer_of(sizes, lr=LR, **{**options, **on_cpu})
+
+    def step(i):
+        trainer.step = i + 2  # it logs the first
+        trainer.gc_handler.run(trainer.step)
+        trainer.train_step(iter([batch_of(text(sizes, i, "cpu"))]))
+
+    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], sizes["batch"])
+
+
+def torchao_llama(sizes: dict):
+    """A Llama in plain torch whose blocks are compiled and take FP8 products by torchao's Float8Linear with one scale per tensor, as our first
+    recipe does; torchtitan's converter has one per row alone. bf16 weights with torch's fused AdamW, attention by SDPA."""
     import torch
     import torch.nn.functional as F
+    from torchao.float8 import convert_to_float8_training
 
     from engine import metrics
 
@@ -179,14 +197,12 @@ def torch_llama(sizes: dict, fp8: bool = False, compile: bool = True):
             model.head.weight = model.embedding.weight
         angles = torch.outer(torch.arange(sizes["seq"]).float(), 10000.0 ** (-torch.arange(0, size, 2).float() / size)).repeat(1, 2)
         turns = angles.cos().bfloat16(), angles.sin().bfloat16()
-    if fp8:
-        from torchao.float8 import convert_to_float8_training
-
-        convert_to_float8_training(model.blocks)
-    if compile:
+    convert_to_float8_training(model.blocks)
+    on_gpu = sizes["device"] == "cuda"
+    if on_gpu:
         for block in model.blocks:
             block.compile()
-    loss_of = torch.compile(F.cross_entropy) if compile else F.cross_entropy
+    loss_of = torch.compile(F.cross_entropy) if on_gpu else F.cross_entropy
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(i):
@@ -355,7 +371,7 @@ def hf_generation(sizes: dict):
 
 
 CONTESTANTS = {function.__name__: function for function in (
-    ours, megatron, torch_llama, gemm, our_loss, plain_loss, our_moe, dense_mlp, torch_moe, our_generation, hf_generation)}
+    ours, megatron, torchtitan, torchao_llama, gemm, our_loss, plain_loss, our_moe, dense_mlp, torch_moe, our_generation, hf_generation)}
 
 
 def measure(name: str, sizes: dict, warm_up: int, steps: int, **options) -> dict:
@@ -389,7 +405,8 @@ if __name__ == "__main__":
         with contextlib.redirect_stdout(sys.stderr):
             answer = measure(sys.argv[1], **json.loads(sys.argv[2]))
     except (ImportError, ValueError) as error:  # a library that is not there, or what the engine says of it
-        answer = {"missing": str(error)}
+        cure = "; benchmarks/peers.txt names what to install" if isinstance(error, ModuleNotFoundError) else ""
+        answer = {"missing": str(error) + cure}
     except Exception as error:  # one contestant's fault is a cell of the table, not the end of it
         import traceback
 

@@ -1,7 +1,7 @@
 """Published runs, as they were published, for benchmarks/planner.py and tests/test_planner.py.
 
-What a source does not say (micro-batch and interleaving of Megatron-LM's table and of Llama 3) is left to the planner, which takes the fastest
-that it thinks fits, without recomputation where that fits; NVIDIA and Meta had tuned theirs. Rates are tokens per second and GPU where the source has them,
+What a source does not say (micro-batch and interleaving of Megatron-LM's table, how DeepSeek spread layers) is left to the planner, which takes the
+fastest that it thinks fits, without recomputation where that fits; NVIDIA and Meta had tuned theirs. Rates are tokens per second and GPU where the source has them,
 since sources count FLOPs differently; else model TFLOP/s per GPU.
 """
 
@@ -12,6 +12,7 @@ from engine.models import family_defaults
 from engine.planner.cluster import make_cluster
 from engine.planner.layouts import placed
 from engine.planner.search import Plan, judge
+from engine.planner.time import OURS, Dispatch
 from engine.planner.weights import spread
 
 MEGATRON = "Megatron-LM README, images/model_table.png"
@@ -22,7 +23,8 @@ DEEPSEEK = "arXiv 2412.19437, table 1 and sec. 3.2"
 
 @dataclass(frozen=True)
 class Row:
-    """rate and unit: as published. is_fitted: a constant of engine/planner/constants.py was fitted to it."""
+    """rate and unit: as published. is_fitted: a constant of engine/planner/constants.py was fitted to it. dispatch: how tokens went to experts.
+    layers: of each chunk, where the source says it."""
 
     name: str
     source: str
@@ -36,6 +38,8 @@ class Row:
     is_fitted: bool = False
     micro_batches: tuple[int, ...] = (1,)
     chunks: tuple[int, ...] = (1,)
+    dispatch: Dispatch = OURS
+    layers: tuple[int, ...] = ()
 
 
 def _gpt(name, heads, hidden, layers, tp, pp, gpus, batch, rate, is_fitted=False) -> Row:
@@ -47,6 +51,8 @@ def _gpt(name, heads, hidden, layers, tp, pp, gpus, batch, rate, is_fitted=False
 
 
 _405B = dict(family="llama", size="llama3.1_8b", num_layers=126, hidden_size=16384, ffn_hidden_size=53248, num_attention_heads=128)
+# The first chunk had the embedding alone, the last one the output (sec. 3.3.2), so each of the others was one layer. The engine wants a layer in each.
+_OF_META = dict(chunks=(8,), layers=(0, *[1] * 126, 0))
 _FP8 = {"recipe": "tensorwise"}
 
 ROWS = [
@@ -59,9 +65,9 @@ ROWS = [
     _gpt("177B", 96, 12288, 96, 8, 6, 2304, 1152, 432.8, True),
     _gpt("314B", 128, 16384, 96, 8, 8, 3072, 1536, 474.4),
     _gpt("462B", 144, 18432, 112, 8, 16, 6144, 3072, 459.9),
-    Row("Llama 3 405B", LLAMA3, 8192, 430, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), chunks=(1, 2, 4, 8)),
-    Row("Llama 3 405B", LLAMA3, 16384, 400, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), chunks=(1, 2, 4, 8)),
-    Row("Llama 3 405B 128K", LLAMA3, 16384, 380, "TFLOP/s", _405B, dict(tp=8, pp=16, cp=16), dict(seq_len=131072, global_batch=128), chunks=(1, 2, 4, 8)),
+    Row("Llama 3 405B", LLAMA3, 8192, 430, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), **_OF_META),
+    Row("Llama 3 405B", LLAMA3, 16384, 400, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), **_OF_META),
+    Row("Llama 3 405B 128K", LLAMA3, 16384, 380, "TFLOP/s", _405B, dict(tp=8, pp=16, cp=16), dict(seq_len=131072, global_batch=128), **_OF_META),
     Row("Llama 3 70B FP8", BRIDGE, 64, 1621, "tokens/s", dict(family="llama", size="llama3_70b"), dict(tp=4, pp=8, vpp=5),
         dict(seq_len=8192, global_batch=256, fp8=_FP8), is_fitted=True, chunks=(5,)),
     Row("Llama 3.1 405B FP8", BRIDGE, 1024, 311, "tokens/s", _405B, dict(tp=8, pp=8, cp=2), dict(seq_len=8192, global_batch=1536, fp8=_FP8), chunks=(8,)),
@@ -69,12 +75,16 @@ ROWS = [
         dict(seq_len=4096, global_batch=1024, fp8=_FP8), is_fitted=True, chunks=(12,)),
     Row("gpt-oss 120B", BRIDGE, 64, 5993, "tokens/s", dict(family="gpt_oss", size="120b"), dict(pp=4, ep=8), dict(seq_len=4096, global_batch=1280)),
     Row("Qwen3 235B-A22B FP8", BRIDGE, 256, 1633, "tokens/s", dict(family="qwen3_moe", size="235b_a22b"), dict(tp=2, pp=8, ep=32, etp=1),
-        dict(seq_len=4096, global_batch=8192, fp8=_FP8), chunks=(4,)),
-    Row("DeepSeek-V3 FP8", BRIDGE, 1024, 1297, "tokens/s", dict(family="deepseek_v3", size="671b"), dict(tp=2, pp=8, ep=64, etp=1),
-        dict(seq_len=4096, global_batch=8192, fp8=_FP8), chunks=(4,)),
+        # moe_a2a_overlap with the alltoall dispatcher: scripts/performance/configs/qwen
+        dict(seq_len=4096, global_batch=8192, fp8=_FP8), chunks=(4,), dispatch=Dispatch(is_overlapped=True)),
+    # DeepEP, a2a_1f1b and the layout Et|(tt|)*30mL: scripts/performance/configs/deepseek, for H100 without token drop. Later releases do not overlap.
+    Row("DeepSeek-V3 FP8", BRIDGE, 1024, 1297, "tokens/s", dict(family="deepseek_v3", size="671b"),
+        dict(tp=2, pp=8, ep=64, etp=1), dict(seq_len=4096, global_batch=8192, fp8=_FP8), chunks=(4,),
+        dispatch=Dispatch(once_per_node=True, is_overlapped=True), layers=(1, *[2] * 30, 0)),
     # 2.664 million H800 hours for 14.8T tokens of pretraining
     Row("DeepSeek-V3 FP8", DEEPSEEK, 2048, 14.8e12 / (2.664e6 * 3600), "tokens/s", dict(family="deepseek_v3", size="671b"), dict(pp=16, ep=64),
-        dict(seq_len=4096, global_batch=15360, fp8=_FP8), gpu="h800"),
+        dict(seq_len=4096, global_batch=15360, fp8=_FP8), gpu="h800",
+        dispatch=Dispatch(once_per_node=True, sends_fp8=True, is_overlapped=True, is_dualpipe=True)),
 ]
 
 
@@ -87,14 +97,13 @@ def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, precision_aware
         "run": {"dir": "unused"}, "model": model, "parallel": {**parallel, **row.parallel, "vpp": vpp},
         "train": {"steps": 1, **row.train, "micro_batch": micro_batch, "recompute": recompute},
         "optim": {"precision_aware": precision_aware}})
-    # Llama 3's first and last chunk had the embedding and the loss alone, which the engine does not do.
-    return placed(run, pp_layers=spread(run.model.num_layers, run.parallel.pp * vpp, run.model.mtp.num_learning))
+    return placed(run, pp_layers=list(row.layers) or spread(run.model.num_layers, run.parallel.pp * vpp, run.model.mtp.num_learning))
 
 
 def planned(row: Row) -> Plan:
     """The fastest of the row's open choices that fits without recomputation; of those that do not, the fastest."""
     cluster = make_cluster(row.gpu, row.gpus)
-    plans = [judge(run_of(row, micro_batch, vpp, "none"), cluster, "te") for micro_batch in row.micro_batches for vpp in row.chunks]
+    plans = [judge(run_of(row, micro_batch, vpp, "none"), cluster, "te", row.dispatch) for micro_batch in row.micro_batches for vpp in row.chunks]
     return min([plan for plan in plans if plan.fits] or plans, key=lambda plan: plan.time.total)
 
 

@@ -5,7 +5,8 @@
 #   benchmarks/gpu_setup.sh install FOLDER [--no-te]          on the GPU machine, in a checkout, with FOLDER carried there
 #
 # pack: wheels of the plain dependencies in the versions of this checkout's .venv, megatron-core, Transformer Engine's core, the source of its torch
-# part, and torchao (a contestant of gpu_table.py), as parts of at most 60 MiB with their SHA-256. REQUIREMENT: more of them, such as nvidia-dali-cuda130.
+# part, and the contestants of gpu_table.py (peers.txt), as parts of at most 60 MiB with their SHA-256. REQUIREMENT: more of them, such as
+# nvidia-dali-cuda130.
 # install: joins the parts, makes .venv, which also sees the packages of the interpreter that holds torch, compiles Transformer Engine's torch part and
 # csrc. The compiled wheel stays in FOLDER/built, so a second install, or another such machine, does not compile it again.
 #
@@ -41,8 +42,8 @@ pack() {
     "$python" -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: --dest "$wheels" \
         --implementation cp --python-version "$TARGET_PYTHON" "${platforms[@]}" \
         $(pinned "$python") "transformer-engine==$TE_VERSION" "transformer-engine-cu${CUDA%%.*}==$TE_VERSION" \
-        einops onnx onnxscript onnx-ir ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend importlib-metadata zipp \
-        ninja torchao "$@"
+        onnx onnxscript onnx-ir ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend importlib-metadata zipp \
+        ninja -r benchmarks/peers.txt "$@"
     te_source "$python" "$wheels"
     rm -f "$folder/$NAME"* "$folder/SHA256SUMS"
     tar -C "$wheels" -cf - . | split -b 60M - "$folder/$NAME"

@@ -19,8 +19,8 @@ from engine.planner.cluster import kind_of, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.search import own_layout, read, search, write
-from engine.planner.time import step_time
-from engine.planner.weights import chunks, spread, weights
+from engine.planner.time import Dispatch, step_time
+from engine.planner.weights import chunks, spread, weights, worth_of_output
 
 ROOT = Path(__file__).parents[1]
 LLAMA8B = str(ROOT / "examples/llama3_8b/pretrain.yaml")
@@ -169,7 +169,9 @@ def test_layers_that_do_not_divide_are_spread(tmp_path):
     assert answer.plans and not answer.refused
     for plan in answer.plans[:5]:
         layers = plan.run.parallel.pp_layers
-        assert len(layers) == 4 * plan.run.parallel.vpp and sum(layers) == 31 and layers[0] == min(layers) == max(layers) - 1
+        assert len(layers) == 4 * plan.run.parallel.vpp and sum(layers) == 31
+        assert layers in (spread(31, len(layers)), spread(31, len(layers), 2))      # the second where the output counts
+        assert layers != spread(31, len(layers)) or layers[0] == min(layers) == max(layers) - 1
     write(file, answer.plans[0], str(tmp_path / "out.yaml"))
     assert load_config(tmp_path / "out.yaml", world_size=16).parallel == answer.plans[0].run.parallel
 
@@ -180,8 +182,19 @@ def test_modules_for_further_tokens_count_as_layers_of_the_last_chunk(tmp_path):
     base, file, pins = read(DEEPSEEK, ["parallel.pp=16", "parallel.tp=2", "parallel.ep=64", "parallel.etp=1", "parallel.cp=1", "parallel.vpp=1"])
     answer = search(base, make_cluster("h100", 1024), pins)
     assert answer.plans and answer.plans[0].run.parallel.pp_layers == [3, *[4] * 14, 2]
+    assert [*[4] * 15, 1] in [plan.run.parallel.pp_layers for plan in answer.plans]      # its output, computed twice, is worth three layers in FLOPs
     write(file, answer.plans[0], str(tmp_path / "out.yaml"))
     assert load_config(tmp_path / "out.yaml", world_size=1024).parallel == answer.plans[0].run.parallel
+
+
+def test_the_last_rank_has_fewer_layers_for_its_output():
+    """Llama 3 8B: an output of 525 million parameters beside layers of 218, and their attention."""
+    base, _, pins = read(LLAMA8B, ["parallel.pp=4", "parallel.vpp=1", "parallel.tp=1", "parallel.cp=1", "parallel.sequence_parallel=false"])
+    assert worth_of_output(base.model, base.train.seq_len) == 2 and spread(32, 4, 2) == [8, 9, 9, 6]
+    found = {tuple(plan.run.parallel.pp_layers): plan.time for plan in search(base, make_cluster("h100", 64), pins).plans}
+    assert found.keys() == {(), (8, 9, 9, 6)} and found[8, 9, 9, 6].total < 0.95 * found[()].total
+    reward = base.model.model_copy(update={"head": "scalar"})
+    assert worth_of_output(reward, base.train.seq_len) == 0
 
 
 def test_further_tokens_cost_what_their_flops_say():
@@ -246,6 +259,60 @@ def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
         kind_of("Tesla T4")
 
 
+@pytest.fixture
+def beside(published):
+    import planner
+
+    return planner
+
+
+def test_an_unknown_gpu_is_told_before_anything_runs(beside, monkeypatch):
+    done = subprocess.run([sys.executable, "benchmarks/planner.py", "several", "--gpu", "abacus"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --gpu abacus is no GPU known here; there are h100, h100-pcie, ") and done.stderr.count("\n") == 1
+    monkeypatch.setattr(beside.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "Tesla T4\n"))
+    with pytest.raises(ConfigError, match="Tesla T4 is no GPU known here; --gpu names one that is like it: h100, h100-pcie, "):
+        beside.kind_of_gpu("")
+    assert beside.kind_of_gpu("h200") == "h200"
+    monkeypatch.setattr(beside, "several", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["planner.py", "several"])
+    assert beside.main() == 2
+
+
+def test_what_was_measured_is_judged_by_the_goals(beside):
+    def good(*row, is_cpu=False):
+        (line, is_within), = beside.judged([row], is_cpu)
+        assert ("outside" in line or "not equal" in line) != is_within
+        return is_within
+
+    used, saved = "in use on the device", "activations of a micro-batch"
+    assert good(used, 60, 64, "GiB") and good(used, 70, 64, "GiB") and not good(used, 71, 64, "GiB")
+    assert good("step", 0.81, 1, "s") and not good("step", 0.79, 1, "s") and not good("step", 1.21, 1, "s")
+    assert good("gradients", 1.0, 1.0, "GiB", is_cpu=True) and not good("gradients", 1 + 2**-30, 1.0, "GiB", is_cpu=True)
+    assert good(saved, 1.0019, 1.0, "GiB", is_cpu=True) and not good(saved, 1.0021, 1.0, "GiB", is_cpu=True)
+    assert beside.verdict(True, True, True)[1:] == beside.verdict(True, False, False)[1:] == (True, 0) and beside.verdict(False, True, True)[1:] == (False, 0)
+    assert beside.verdict(True, True, False)[1:] == beside.verdict(True, False, True)[1:] == (False, 1)
+
+
+def test_several_counts_what_is_within_and_fails_where_one_does(beside, monkeypatch, capfd):
+    monkeypatch.setattr(beside, "SEVERAL", {"good": beside.SEVERAL["mixture of 8 experts"], "broken": (dict(family="abacus"), {})})
+    assert beside.several("", 1, True) == 1
+    said = capfd.readouterr()
+    assert said.out.splitlines()[-1] == "1 of 2 within" and "  fits, as planned: within" in said.out
+    assert said.out.count("  equal") == 3 and "within 0.2%" in said.out
+    assert said.err.splitlines()[-1] == "failed, or wrong about whether it fits: broken"
+
+
+def test_a_run_out_of_memory_that_was_planned_to_fit_counts_as_wrong(tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(raw(GQA, {}, {})))
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import planner, torch, engine.mcore.run as run\n" \
+           "def full(*_): raise torch.cuda.OutOfMemoryError('CUDA out of memory.')\n" \
+           "run.ParallelModel = full; sys.argv = ['planner.py', 'run', sys.argv[1], '--found', sys.argv[2]]; sys.exit(planner.main())"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml"), str(tmp_path / "found")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "planned: fits; the truth: does not fit" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "found").read_text()) == {"is_within": False}
+
+
 def test_published_runs_fit(published):
     """Megatron-LM's table as it stands; the dense FP8 runs of Megatron Bridge with the bf16 gradients and moments of its recipes."""
     for row in published.ROWS:
@@ -263,6 +330,34 @@ def test_published_rates_of_dense_models_are_near(published):
         plan = published.planned(row)
         rate = plan.tflops if row.unit == "TFLOP/s" else plan.tokens_per_gpu
         assert rate == pytest.approx(row.rate, rel=0.11), row.name
+
+
+def test_published_rates_of_mixtures_are_near(published):
+    """Each with the dispatch that its source tells."""
+    ratios = {}
+    for row in published.ROWS:
+        if row.model["family"] not in ("gpt2", "llama"):
+            ratios[row.name, row.gpus] = published.planned(row).tokens_per_gpu / row.rate
+    assert len(ratios) == 5 and all(0.75 < ratio < 1.15 for ratio in ratios.values()), ratios
+
+
+def test_traffic_of_experts_answers_to_how_tokens_are_sent(published):
+    """64 ranks on 8 nodes; 8 experts of a token on 4 of them at most."""
+    row = published.ROWS[-1]
+    run, cluster = published.run_of(row, 1, 1, "none"), make_cluster("h100", 2048)
+    ours, node, fp8, hidden, dual = (step_time(run, cluster, "te", Dispatch(*ways)) for ways in (
+        (), (True,), (True, True), (True, True, True), (True, True, True, True)))
+    assert node.ep / ours.ep == pytest.approx(4 * (1 - 0.75**8) / 8, rel=0.02) and fp8.ep / node.ep == pytest.approx(0.75, rel=0.02)
+    assert hidden.ep == pytest.approx(0.1 * fp8.ep) and fp8.gemm < hidden.gemm < fp8.gemm * 132 / 112 and hidden.total < fp8.total
+    assert dual.bubble / hidden.bubble == pytest.approx(7 * 2 / 3 / 15)      # (pp / 2 - 1) two thirds beside (pp - 1)
+    assert ours == step_time(run, cluster, "te")
+
+
+def test_experts_in_bf16_keep_the_host_less_busy(published):
+    gpt_oss = next(row for row in published.ROWS if row.model["family"] == "gpt_oss")
+    run = published.run_of(gpt_oss, 1, 1, "none")
+    fp8 = run.model_copy(update={"train": run.train.model_copy(update={"fp8": run.train.fp8.model_copy(update={"recipe": "tensorwise"})})})
+    assert step_time(run, make_cluster("h100", 64), "te").overhead < 0.5 * step_time(fp8, make_cluster("h100", 64), "te").overhead
 
 
 def test_more_of_anything_needs_no_less():

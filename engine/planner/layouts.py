@@ -2,7 +2,8 @@
 
     for layout in layouts(base, cluster, pins): ...     # Layout(run, problems); without problems it is legal
 
-pp is a divisor of the layers or a power of two; where layers do not divide evenly, parallel.pp_layers says how they are spread.
+pp is a divisor of the layers or a power of two; where layers do not divide evenly, parallel.pp_layers says how they are spread, and
+also where they do: counted alone (memory), and with the output product as so many layers as it is worth (time).
 A layout is a RunConfig with another `parallel` section, train.micro_batch and train.recompute. engine/checks.py says what is wrong with it, in the
 words a user would read; nothing here knows a rule of its own, but for what is never worth trying: tp and etp beyond a node, cp that leaves a rank
 less than 1,024 tokens of a sequence, cp with micro-batches above 1 (half of either is the same work with less traffic), and micro-batches or vpp
@@ -19,7 +20,7 @@ from itertools import groupby
 from engine import torch_only
 from engine.checks import cross_checks
 from engine.config import RunConfig
-from engine.planner.weights import spread
+from engine.planner.weights import spread, worth_of_output
 
 AXES = ("tp", "pp", "vpp", "pp_layers", "cp", "ep", "etp", "sequence_parallel", "zero1")
 LEAST_TOKENS, MOST_MICRO_BATCH, MOST_CHUNKS = 1024, 8, 8
@@ -69,6 +70,7 @@ def _grids(base, cluster, pins) -> Iterator[dict]:
     def values(name: str, found):
         return [pins[name]] if name in pins else list(found)
 
+    worth = worth_of_output(model, seq_len)
     in_node, fixed = _divisors(min(cluster.per_node, world)), math.prod(pins.get(axis, 1) for axis in ("tp", "pp", "cp"))
     for tp in values("tp", in_node):
         for pp in values("pp", sorted({*_divisors(model.num_layers), *_powers(model.num_layers)})):
@@ -77,9 +79,18 @@ def _grids(base, cluster, pins) -> Iterator[dict]:
                     continue      # no layout of that many GPUs; of what a user fixed the checks shall say so
                 for vpp in values("vpp", _chunk_counts(model.num_layers, pp)):
                     for ep, etp in _experts(model, tp, world // pp, values):
-                        uneven = spread(model.num_layers, pp * vpp, model.mtp.num_learning) if pp * vpp <= model.num_layers else []
-                        yield dict(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=pins.get("sequence_parallel", tp > 1),
-                                   zero1=pins.get("zero1", True), pp_layers=pins.get("pp_layers", uneven))
+                        for pp_layers in values("pp_layers", _spreads(model, pp, vpp, worth)):
+                            yield dict(tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, etp=etp, sequence_parallel=pins.get("sequence_parallel", tp > 1),
+                                       zero1=pins.get("zero1", True), pp_layers=pp_layers)
+
+
+def _spreads(model, pp: int, vpp: int, worth: int) -> list[list[int]]:
+    """Values of pp_layers."""
+    further = model.mtp.num_learning
+    if pp == 1 or pp * vpp > model.num_layers:
+        return [[]]
+    even, weighed = (spread(model.num_layers, pp * vpp, further + more) for more in (0, worth))
+    return [even, weighed] if weighed != even else [even]
 
 
 def _experts(model, tp: int, ranks: int, values):

@@ -55,9 +55,11 @@ def _table(plans: list[Plan], options: Options) -> str:
         p, train, cost = plan.run.parallel, plan.run.train, _cost(plan, options)
         experts = (p.ep, p.expert_tp) if has_experts else ()
         recipe = (train.fp8.recipe,) if has_fp8 else ()
-        rows.append([i, p.tp, p.cp, *experts, p.pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
+        pp = f"{p.pp}*" if p.pp_layers else p.pp
+        rows.append([i, p.tp, p.cp, *experts, pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
                      _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
-    return _columns([names, *rows])
+    uneven = any(plan.run.parallel.pp_layers for plan in plans)
+    return _columns([names, *rows]) + "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven
 
 
 def _columns(rows) -> str:

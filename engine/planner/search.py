@@ -20,7 +20,7 @@ from engine.planner.cluster import Cluster
 from engine.planner.constants import GIB
 from engine.planner.layouts import AXES, RECOMPUTE, Layout, layouts, placed
 from engine.planner.memory import Memory, fullest, memory_of
-from engine.planner.time import StepTime, step_time, tflops
+from engine.planner.time import OURS, Dispatch, StepTime, step_time, tflops
 from engine.planner.weights import least
 from engine.stages import STAGES, TEXT, ladder
 
@@ -89,12 +89,12 @@ def backend_of(run) -> str:
     return "torch" if run.train.backend == "torch" or run.lora.rank or torch_only.reasons(run.model) else "te"
 
 
-def judge(run: RunConfig, cluster: Cluster, backend: str = "") -> Plan:
-    """What a layout needs. backend: another than the engine would choose."""
+def judge(run: RunConfig, cluster: Cluster, backend: str = "", dispatch: Dispatch = OURS) -> Plan:
+    """What a layout needs. backend, dispatch: others than the engine would choose."""
     backend = backend or backend_of(run)
     _check_fp8(run, cluster)
     pp_rank, memory = fullest(memory_of(run, cluster.num_gpus, backend))
-    return Plan(run, cluster, memory, pp_rank, step_time(run, cluster, backend))
+    return Plan(run, cluster, memory, pp_rank, step_time(run, cluster, backend, dispatch))
 
 
 def search(base: RunConfig, cluster: Cluster, pins: dict) -> Answer:

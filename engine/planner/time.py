@@ -51,19 +51,35 @@ def tflops(run, cluster: Cluster, seconds: float) -> float:
     return metrics.tflops_per_device(flops, seconds, cluster.num_gpus)
 
 
-def step_time(run, cluster: Cluster, backend: str) -> StepTime:
-    return _Step(run, cluster, backend).time()
+@dataclass(frozen=True)
+class Dispatch:
+    """How a run moves tokens to experts, where that is not this engine's way (megatron's all-to-all: top_k copies of each token, nothing beside
+    them). once_per_node: a token crosses the network once for each node that holds experts of its, and is copied there over the links (DeepEP;
+    arXiv 2412.19437, sec. 3.2.2); sends_fp8: dispatched in one byte, combined in bf16 (sec. 3.3.3); is_overlapped: beside the computation of another
+    micro-batch (megatron's overlap_moe_expert_parallel_comm, DualPipe); is_dualpipe: that schedule's bubble (table 2)."""
+
+    once_per_node: bool = False
+    sends_fp8: bool = False
+    is_overlapped: bool = False
+    is_dualpipe: bool = False
+
+
+OURS = Dispatch()
+
+
+def step_time(run, cluster: Cluster, backend: str, dispatch: Dispatch = OURS) -> StepTime:
+    return _Step(run, cluster, backend, dispatch).time()
 
 
 class _Step:
-    def __init__(self, run, cluster: Cluster, backend: str):
+    def __init__(self, run, cluster: Cluster, backend: str, dispatch: Dispatch):
+        self.dispatch, self.is_fp8 = dispatch, run.train.fp8.recipe != "none" and backend == "te"
         self.run, self.cluster, self.backend, self.model, self.p = run, cluster, backend, run.model, run.parallel
         self.saved = Saved(run, backend)      # for its token counts
         self.bytes = self.saved.bytes
         gpu = cluster.gpu
         self.peak = gpu.tflops * 1e12 * c.GEMM_SHARE * (c.FP32_SHARE if run.train.precision == "fp32" else 1)
-        is_fp8 = run.train.fp8.recipe != "none" and backend == "te"
-        self.layer_peak = gpu.fp8_tflops * 1e12 * c.FP8_SHARE if is_fp8 else self.peak
+        self.layer_peak = gpu.fp8_tflops * 1e12 * c.FP8_SHARE if self.is_fp8 else self.peak
         self.memory = gpu.memory_gbs * 1e9 * c.MEMORY_SHARE
         self.recompute = run.train.recompute
 
@@ -74,7 +90,8 @@ class _Step:
         busiest = max((self._stage(chunks(self.run)[rank]) for rank in alike(self.run)), key=lambda parts: sum(parts.values()))
         one = sum(busiest.values())      # seconds of one micro-batch, forward and backward
         parts = {name: num * seconds for name, seconds in busiest.items()}
-        parts["bubble"] = (p.pp - 1) / p.vpp * one
+        # DualPipe: (pp / 2 - 1) of a pair of passes and a backward pass less three for weights: of thirds of `one` that is 1 + 2/3 - 1.
+        parts["bubble"] = (p.pp / 2 - 1) * one * 2 / 3 if self.dispatch.is_dualpipe else (p.pp - 1) / p.vpp * one
         parts["dp"], parts["optimizer"] = self._gradients(one), self._optimizer()
         nodes = math.log2(max(self.cluster.num_nodes, 1))
         parts["overhead"] += c.STRAGGLER_SHARE * nodes * sum(parts.values())
@@ -129,9 +146,19 @@ class _Step:
         launched = c.KERNELS_PER_LAYER[self.backend] * c.LAUNCH_S * passes
         parts["overhead"] = max(launched - sum(parts.values()), 0.0)
         if is_moe:      # the host waits for the router's counts in every layer, and so never runs ahead
-            kernels = c.KERNELS_OF_DISPATCH + c.KERNELS_PER_EXPERT * self.model.moe.num_experts // self.p.ep
-            parts["overhead"] += kernels * c.LAUNCH_S * passes
+            per_expert = c.FP8_KERNELS_PER_EXPERT if self.is_fp8 else c.KERNELS_PER_EXPERT
+            parts["overhead"] += (c.KERNELS_OF_DISPATCH + per_expert * self.model.moe.num_experts // self.p.ep) * c.LAUNCH_S * passes
+            if self.dispatch.is_overlapped:
+                self._hide_experts_traffic(parts)
         return parts
+
+    def _hide_experts_traffic(self, parts: dict[str, float]) -> None:
+        """Beside all else that a layer does in another micro-batch, which has fewer multiprocessors meanwhile."""
+        beside = sum(seconds for name, seconds in parts.items() if name != "ep")
+        hidden = min(parts["ep"], beside) * c.OVERLAPPED_EP
+        for name in ("gemm", "attention", "elementwise"):
+            parts[name] *= 1 + (1 / (1 - c.SMS_OF_DISPATCH) - 1) * hidden / beside
+        parts["ep"] -= hidden
 
     def _product(self, rows: int, inner: int, cols: int, peak: float) -> float:
         """Seconds of [rows, inner] @ [inner, cols]."""
@@ -232,13 +259,19 @@ class _Step:
         ep, s = self.p.ep, self.saved
         if ep == 1:
             return 0.0
-        span, node = ep * self.p.expert_tp, self.cluster.per_node
-        volume = s.stream * self.model.moe.top_k * self.model.hidden_size * self.bytes
-        inside = volume * max(min(node // self.p.expert_tp, ep) - 1, 0) / ep / (self.cluster.gpu.link_gbs * 1e9 * c.LINK_SHARE)
+        moe, span, node = self.model.moe, ep * self.p.expert_tp, self.cluster.per_node
+        sent = s.stream * self.model.hidden_size * self.bytes      # bytes of one copy of each token
+        links, network = self.cluster.gpu.link_gbs * 1e9 * c.LINK_SHARE, self.cluster.network_gbs * 1e9 * c.NETWORK_SHARE
+        inside = sent * moe.top_k * max(min(node // self.p.expert_tp, ep) - 1, 0) / ep / links
         outside = 0.0
         if span > node and self.cluster.num_nodes > 1:
-            outside = volume * (1 - node / span) / (self.cluster.network_gbs * 1e9 * c.NETWORK_SHARE)
-        return (4 + 2 * again) * (max(inside, outside) + c.LATENCY_S)
+            nodes, copies = span / node, moe.top_k
+            if self.dispatch.once_per_node:
+                copies = _nodes_of_a_token(moe, nodes)
+                inside = sent * moe.top_k * (node - 1) / node / links      # from whatever node they come
+            outside = sent * copies * (1 - 1 / nodes) / network
+        size = 0.75 if self.dispatch.sends_fp8 else 1      # every second way is a dispatch: one byte of two
+        return (4 + 2 * again) * (size * max(inside, outside) + c.LATENCY_S)
 
     def _between_stages(self) -> float:
         """Hidden states to the next pp rank and gradients to the one before, for every chunk."""
@@ -276,3 +309,10 @@ class _Step:
         dense, expert = learning(self.run)
         shares = self.cluster.num_gpus // (self.p.tp * self.p.pp) if self.p.zero1 else 1
         return (12 * (dense + expert) + 30 * (dense + expert) / shares) / self.memory + 4 * c.LATENCY_S
+
+
+def _nodes_of_a_token(moe, nodes: float) -> float:
+    """Of so many nodes with evenly chosen experts, how many hold some of a token's: it may be limited to groups, which lie on nodes of their own."""
+    reachable = nodes * moe.group_top_k / moe.num_groups if moe.num_groups > 1 else nodes
+    reachable = max(reachable, 1)
+    return reachable * (1 - (1 - 1 / reachable) ** moe.top_k)

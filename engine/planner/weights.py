@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from engine import adapters
+from engine import adapters, metrics
 
 ADAM_STEP_BYTES = 4      # torch's AdamW counts steps in one fp32 scalar per tensor
 BUCKET = 40_000_000      # elements; megatron's default, or a million for each dp rank if that is more
@@ -74,7 +74,7 @@ def _chunks(sizes: tuple[int, ...], pp: int):
 def spread(layers: int, num_chunks: int, further: int = 0) -> list[int]:
     """parallel.pp_layers for layers that do not divide evenly: the chunks at both ends, which hold the embedding and the loss, are the first to have
     one less (as in Llama 3, arXiv 2407.21783, sec. 3.3.2). Empty where they divide evenly. Modules for further tokens count as layers of the last chunk,
-    as far as that leaves it one of its own."""
+    and so may what the output is worth (worth_of_output), as far as that leaves it one of its own."""
     missing = -(layers + further) % num_chunks
     sizes = [-(-(layers + further) // num_chunks)] * num_chunks
     for i in range(missing):
@@ -83,6 +83,15 @@ def spread(layers: int, num_chunks: int, further: int = 0) -> list[int]:
     if sizes[-1] < 1:
         return spread(layers, num_chunks, further - 1)
     return sizes if len(set(sizes)) > 1 else []
+
+
+def worth_of_output(model, seq_len: int) -> int:
+    """How many layers the output products (next token and further ones) are worth in FLOPs, rounded: what they weigh on the last chunk."""
+    if model.head != "tokens":
+        return 0
+    output = 6 * (1 + model.mtp.num_learning) * model.hidden_size * model.padded_vocab_size
+    layers = metrics.flops_per_token(model, seq_len, causal=True) - output
+    return round(output * (model.num_layers + model.mtp.num_learning) / layers)
 
 
 @lru_cache(maxsize=64)

@@ -9,9 +9,17 @@ def kept(cases) -> list:
     return [_of_network(raw, lambda network, run, place: kept_by(network, place)) for raw in cases]
 
 
-def saved(cases) -> list:
-    """Of each case: (pp rank, for each chunk bytes that autograd saves of one micro-batch but for parameters, bytes of its logits)."""
-    return [_of_network(raw, lambda network, run, place: (place.pp_rank, saved_by(network, run, place))) for raw in cases]
+def saved(cases, loss_block: int = 0) -> list:
+    """Of each case: (pp rank, for each chunk bytes that autograd saves of one micro-batch but for parameters, bytes of its logits). loss_block:
+    bytes of logits held where gradients are made in the forward pass, 0 as always."""
+    from engine.mcore import linear_ce
+
+    usual = linear_ce._BLOCK_BYTES
+    linear_ce._BLOCK_BYTES = {"cpu": loss_block or usual["cpu"]}
+    try:
+        return [_of_network(raw, lambda network, run, place: (place.pp_rank, saved_by(network, run, place))) for raw in cases]
+    finally:
+        linear_ce._BLOCK_BYTES = usual
 
 
 def _of_network(raw, measure):
@@ -62,7 +70,8 @@ def saved_by(network, run, place):
     text = torch.randint(0, run.model.vocab_size, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(1))
     batch = dict(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(batch_size, seq_len),
                  position_ids=torch.arange(seq_len).expand(batch_size, seq_len))
-    batch = network._place({**batch, **(mtp.targets(batch, run.model.mtp.num_layers) if network.learns_further else {})})
+    batch |= mtp.targets(batch, run.model.mtp.num_layers) if network.learns_further else {}
+    batch = network._place({**batch, **network._proportions(batch)})
     own = {parameter.untyped_storage().data_ptr() for chunk in network.chunks for parameter in chunk.parameters()}
     stream = seq_len // place.cp // (place.tp if run.parallel.sequence_parallel else 1)
     found = []
@@ -86,7 +95,7 @@ def saved_by(network, run, place):
 
 
 def _logits(output) -> int:
-    """Bytes of the logits, which linear_ce.py keeps beside what autograd knows of."""
+    """Bytes of the logits, or of the weight's gradient, which linear_ce.py keeps beside what autograd knows of."""
     to_visit, seen = [output.grad_fn], set()
     while to_visit:
         node = to_visit.pop()
@@ -95,5 +104,7 @@ def _logits(output) -> int:
         seen.add(node)
         if getattr(node, "logits", None) is not None:
             return node.logits.untyped_storage().nbytes()
+        if getattr(node, "made", None) is not None:
+            return node.made[1].untyped_storage().nbytes()
         to_visit += [node for node, _ in node.next_functions]
     return 0

@@ -13,6 +13,9 @@ Experts are taken to be evenly busy; masks of documents (data.reset_at_eod) are 
 from functools import cached_property
 
 from engine.planner.weights import Chunk, count_kinds
+from engine.stages import TEXT
+
+LOSS_BLOCK = {"cpu": 128 << 20, "cuda": 512 << 20}      # linear_ce.py: logits held at a time where gradients are made in the forward pass
 
 
 class Saved:
@@ -31,6 +34,7 @@ class Saved:
         self.q, self.kv = self.heads * model.head_size, model.kv_heads * model.head_size // p.tp
         self.v = self.heads * model.value_size if model.is_latent else self.kv
         self.out = self.heads * model.value_size
+        self.knows_proportions = run.stage in (*TEXT, "sft")      # the stages that say Stage.proportions
 
     # --- a model chunk ------------------------------------------------------------------------------------------------
 
@@ -48,9 +52,20 @@ class Saved:
 
     @property
     def logits(self) -> int:
-        """Kept by the last chunk from forward to backward, in the model's precision; those of further tokens too."""
-        rows = self.tokens * (1 + self.model.mtp.num_learning)
-        return rows * self.model.padded_vocab_size // self.tp * self.bytes if self.model.head == "tokens" else 0
+        """Kept by the last chunk from forward to backward: the logits in the model's precision, those of further tokens too, or what
+        linear_ce.py makes instead in the forward pass, the gradient of the output matrix in fp32 (for both alike once more)."""
+        model = self.model
+        if model.head != "tokens":
+            return 0
+        ids, kept = model.padded_vocab_size // self.tp, 0
+        for rows in (self.tokens, self.tokens * model.mtp.num_learning):
+            kept += 4 * ids * model.hidden_size if self.is_early(rows) else rows * ids * self.bytes
+        return kept
+
+    def is_early(self, rows: int) -> bool:
+        """Does linear_ce.py make the gradients of so many rows in the forward pass? See _saves_memory there."""
+        ids, h = self.model.padded_vocab_size // self.tp, self.model.hidden_size
+        return self.knows_proportions and rows * ids * self.bytes > LOSS_BLOCK[self.device] and (rows + h) * self.bytes > 4 * h
 
     def layer(self, is_moe: bool, is_windowed: bool = False) -> int:
         """One layer: everything, all but the core attention, or its input alone, as train.recompute says."""

@@ -11,7 +11,7 @@ what CUDA and NCCL take, and fragmentation are estimates (constants.py).
 from dataclasses import dataclass
 
 from engine.planner import constants as c
-from engine.planner.activations import Saved
+from engine.planner.activations import LOSS_BLOCK, Saved
 from engine.planner.weights import alike, chunks, count_kinds, learning, weights
 
 LOSS_CHUNK = 256 << 20      # linear_ce.py: logits at a time on a GPU
@@ -85,9 +85,11 @@ def _workspace(run, saved: Saved, own, backend: str) -> int:
     loss = 0
     if own[-1].is_last and model.head == "tokens":
         # Next tokens and all further ones are two products with one matrix: the first one's gradients wait for the second one's.
-        further = model.mtp.num_learning
-        matrices, rows = 1 + (further > 0), saved.tokens * (1 + further)
-        loss = (matrices * model.padded_vocab_size // p.tp + rows) * h * saved.bytes + min(saved.logits, LOSS_CHUNK) * 8 // saved.bytes
+        ids = model.padded_vocab_size // p.tp
+        for rows in (saved.tokens, saved.tokens * model.mtp.num_learning):
+            loss += rows * h * saved.bytes + (ids * h * saved.bytes if rows and not saved.is_early(rows) else 0)
+        chunk = min(saved.tokens * ids * saved.bytes, LOSS_CHUNK)
+        loss += max(chunk * 8 // saved.bytes, LOSS_BLOCK["cuda"] + chunk * 4 // saved.bytes if saved.is_early(saved.tokens) else 0)
     return max(layer, loss)
 
 

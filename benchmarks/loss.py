@@ -83,11 +83,10 @@ def main() -> int:
     turns = _turns.take_turns(_turns.chosen(CONTESTANTS, arguments.only), arguments, lambda answers: f"loss {answers[-1][0]:.6f}")
     if "ours" not in turns:
         return 1
-    own, own_bytes = statistics.median(turns["ours"].seconds), turns["ours"].answers[-1][1]
-    print("\n| contestant | s | ours / it | MB | ours / it |\n| --- | --- | --- | --- | --- |")
-    for name, turn in turns.items():
-        seconds, peak = statistics.median(turn.seconds), turn.answers[-1][1]
-        print(f"| {name} | {seconds:.2f} | {own / seconds:.2f} | {peak / 1e6:,.0f} | {own_bytes / peak:.2f} |")
+    print("\n| contestant | s | ours / it | CPU s | ours / it | MB | ours / it |\n| --- | --- | --- | --- | --- | --- | --- |")
+    found = {name: (statistics.median(turn.seconds), statistics.median(turn.cpu_seconds), turn.answers[-1][1] / 1e6) for name, turn in turns.items()}
+    for name, figures in found.items():
+        print(f"| {name} | " + " | ".join(f"{its:,.2f} | {own / its:.2f}" for own, its in zip(found["ours"], figures)) + " |")
     return 0
 
 

@@ -45,6 +45,7 @@ def test_linear_cross_entropy(monkeypatch, num_real, rows):
     from engine.mcore import linear_ce
 
     monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", rows * IDS * 4)
+    monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 4)
     case = loss_case(num_real)
     for ours, theirs in zip(our_loss(*case, num_real), plain_loss(*case, num_real)):
         assert same(ours, theirs, rtol=1e-6)
@@ -122,6 +123,7 @@ def test_entropy(monkeypatch, num_real, rows):
     from engine.mcore import linear_ce
 
     monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", rows * IDS * 4)
+    monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 4)
     case = entropy_case(num_real)
     for ours, theirs in zip(our_entropy(*case, num_real), plain_entropy(*case, num_real)):
         assert same(ours, theirs, rtol=1e-6)
@@ -205,12 +207,13 @@ def test_output_layer_gives_both_at_the_places_asked():
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Sets the rows of a block, and of a chunk in it."""
+    """Sets the rows of a block, and of a chunk in it, where products are of 3 rows at least."""
     def of(rows, chunk=2, itemsize=4):
         from engine.mcore import linear_ce
 
         monkeypatch.setitem(linear_ce._BLOCK_BYTES, "cpu", rows * IDS * itemsize)
         monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", chunk * IDS * itemsize)
+        monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 3)
 
     return of
 

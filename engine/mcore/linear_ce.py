@@ -21,7 +21,8 @@ import torch.distributed as dist
 from megatron.core.jit import jit_fuser  # torch.compile on a GPU, nothing on a CPU, where a chunk stays in cache
 
 _CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}     # logits at a time: what a core's cache holds; what fills a GPU
-_BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}   # logits held at a time where gradients are made in the forward pass
+_PRODUCT_ROWS = {"cpu": 128, "cuda": 1}                # of one product at least: fewer would read all the weight for little work
+_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}    # logits held at a time where gradients are made in the forward pass
 _ROUNDED = {"cpu": 1 << 18, "cuda": 1 << 24}           # numbers rounded at a time
 
 
@@ -56,7 +57,7 @@ def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> to
     """1.0 where no token has a greater logit than the label, else 0.0; fp32 [tokens]. Arguments as linear_cross_entropy's."""
     local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
     top, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
-    for rows in _chunks(hidden.size(0), weight):
+    for rows in (slice(*ends) for ends in _products(hidden.size(0), weight)):
         z = (hidden[rows] @ weight.t())[:, :max(first_padding, 1)]
         top[rows] = z.amax(1).float() if first_padding else float("-inf")
         picked[rows] = z.gather(1, local[rows, None].clamp(max=z.size(1) - 1))[:, 0].float()
@@ -72,7 +73,7 @@ class _LogitsKept(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap):
         local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
         # Without a backward pass one chunk's logits are enough, written over and over where they are in cache.
-        num_kept = hidden.size(0) if has_backward else min(_rows(weight, _CHUNK_BYTES), hidden.size(0))
+        num_kept = hidden.size(0) if has_backward else min(_product_rows(weight), hidden.size(0))
         logits = hidden.new_empty(num_kept, weight.size(0))
         nll, lse, entropy = _normalize(logits, hidden, weight, local, is_own, first_padding, tp_group, cap, with_entropy)
         ctx.save_for_backward(hidden, weight, local, is_own, lse, entropy)
@@ -170,12 +171,14 @@ def _normalize(logits, hidden, weight, local, is_own, first_padding: int, tp_gro
     num_rows = hidden.size(0)
     lse, picked = (torch.empty(num_rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty_like(lse) if with_entropy else None
-    for rows in _chunks(num_rows, weight):
-        h = hidden[rows]
-        z = torch.mm(h, weight.t(), out=logits[rows] if len(logits) == num_rows else logits[:len(h)])
-        lse[rows], picked[rows], of_rows = _sums(z, local[rows], first_padding, *cap, with_entropy)
-        if with_entropy:
-            entropy[rows] = of_rows
+    for first, last in _products(num_rows, weight):
+        h = hidden[first:last]
+        product = torch.mm(h, weight.t(), out=logits[first:last] if len(logits) == num_rows else logits[:len(h)])
+        for chunk in _chunks(len(h), weight):
+            rows = slice(first + chunk.start, min(first + chunk.stop, last))
+            lse[rows], picked[rows], of_rows = _sums(product[chunk], local[rows], first_padding, *cap, with_entropy)
+            if with_entropy:
+                entropy[rows] = of_rows
     picked = picked.where(is_own, 0)
     if tp_group is not None and tp_group.size() > 1:
         parts = [torch.empty_like(lse) for _ in range(tp_group.size())]
@@ -192,11 +195,12 @@ def _normalize(logits, hidden, weight, local, is_own, first_padding: int, tp_gro
 def _differentiate(logits, grad_hidden, weight, local, is_own, lse, grad, first_padding: int, cap, entropy=None, grad_entropy=None) -> None:
     """Turns logits into the gradient of h W^T, in place, and writes that of the hidden states. grad: of each nll, fp32 [tokens]."""
     own = torch.where(is_own, grad, 0.0)
-    for rows in _chunks(len(logits), weight):
-        z = logits[rows]
-        of_entropy = (None, None) if grad_entropy is None else (entropy[rows], grad_entropy[rows])
-        _to_gradient(z, local[rows], lse[rows], grad[rows], own[rows], first_padding, *cap, *of_entropy)
-        torch.mm(z, weight, out=grad_hidden[rows])
+    for first, last in _products(len(logits), weight):
+        for chunk in _chunks(last - first, weight):
+            rows = slice(first + chunk.start, min(first + chunk.stop, last))
+            of_entropy = (None, None) if grad_entropy is None else (entropy[rows], grad_entropy[rows])
+            _to_gradient(logits[rows], local[rows], lse[rows], grad[rows], own[rows], first_padding, *cap, *of_entropy)
+        torch.mm(logits[first:last], weight, out=grad_hidden[first:last])
 
 
 @jit_fuser
@@ -261,6 +265,18 @@ def _place(weight, labels, num_real: int, tp_group):
 def _rows(weight, limit: dict[str, int]) -> int:
     """Rows whose logits, in the dtype of `weight`, take as many bytes as `limit` has for the device."""
     return max(1, limit[weight.device.type] // (weight.size(0) * weight.element_size()))
+
+
+def _product_rows(weight) -> int:
+    """Rows of one product: a chunk's, or what makes it worth while."""
+    return max(_rows(weight, _CHUNK_BYTES), _PRODUCT_ROWS[weight.device.type])
+
+
+def _products(num_rows: int, weight):
+    """(first, last) of the rows of each product with the weight."""
+    rows = _product_rows(weight)
+    for first in range(0, num_rows, rows):
+        yield first, min(first + rows, num_rows)
 
 
 def _chunks(num_rows: int, weight):

@@ -15,7 +15,7 @@ from functools import cached_property
 from engine.planner.weights import Chunk, count_kinds
 from engine.stages import TEXT
 
-LOSS_BLOCK = {"cpu": 128 << 20, "cuda": 512 << 20}      # linear_ce.py: logits held at a time where gradients are made in the forward pass
+LOSS_BLOCK = {"cpu": 64 << 20, "cuda": 512 << 20}      # linear_ce.py: logits held at a time where gradients are made in the forward pass
 
 
 class Saved:

@@ -8,10 +8,7 @@ networks and one Position. Left out on purpose: branches for features; they live
 """
 
 import contextlib
-import gc
-import itertools
 import math
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine import metrics, profiling, rollback, run_folder, schedule
+from engine import profiling, rollback, run_folder, schedule
+from engine.batches import Feed
 from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.hf.convert import beside_checkpoint, check_expressible
@@ -28,17 +26,18 @@ from engine.hf.fields import HFError
 from engine.data import feed as moving
 from engine.data.buffers import Pool
 from engine.data.ledger import Ledger, history
-from engine.data.loader import Loader, Prefetcher, outline
+from engine.data.loader import Loader, outline
 from engine.data.replica import Replica
 from engine.faults import Asked, Guard, Switches, TrainingStopped, listed
 from engine.log import RunLog
-from engine.mcore import build, checkpoint, observe, replicas, saving, saving_run, topology
+from engine.mcore import build, checkpoint, replicas, saving, saving_run, topology
 from engine.mcore.average import Average
 from engine.mcore.checkpoint import Position
 from engine.mcore.run import ParallelModel, Result
 from engine.stage import Batch, Role
 from engine.signals import stacks_into
 from engine.stages import build_stage
+from engine.step_record import Clock, Updates, due, record
 from engine.watch import Watch
 
 
@@ -112,19 +111,19 @@ class Trainer:
                             updates.add(name, batch, *self._learn(name, batch, lr, feed))
                 before, position = position, feed.position(position)
                 self.average.after_step(position.step)
-                record = _record(run, place, before, position, updates, lr, clock.lap(), self.first)
-                log.step({**record, "data_wait_s": feed.waited(), **self._read(position), **stage.report(), **self.guard.report()})
+                line = record(run, place, before, position, updates, lr, clock.lap(), self.first)
+                log.step({**line, "data_wait_s": feed.waited(), **self._read(position), **stage.report(), **self.guard.report()})
                 self.watch.beat()
                 if self.guard.wants_rollback and (earlier := self._roll_back(position, feed)):
                     position = earlier
                     continue
-                if _due(run.faults.replica_check_every, position.step):
+                if due(run.faults.replica_check_every, position.step):
                     self._compare_replicas(position)
-                if _due(run.train.eval_every, position.step):
+                if due(run.train.eval_every, position.step):
                     self._validate(position)
                 self.saver.look()
                 asked = switches.ask()
-                if _due(run.checkpoint.save_every, position.step) or asked.save:
+                if due(run.checkpoint.save_every, position.step) or asked.save:
                     self._save(position, waits=asked.save)
                 clock.collect_garbage(position.step)
 
@@ -368,7 +367,7 @@ class Trainer:
 
     def _read(self, position: Position) -> dict:
         """The ledger's part of a step's record: with every console line, since there may be many sources."""
-        is_due = _due(self.run.log.every, position.step) or position.step == schedule.planned_steps(self.run.train)
+        is_due = due(self.run.log.every, position.step) or position.step == schedule.planned_steps(self.run.train)
         return self.ledger.record(position.consumed_samples) if is_due else {}
 
     def _relative_rate(self, name: str) -> float:
@@ -485,174 +484,3 @@ def _num_rollbacks(folder: Path) -> int:
 def _num_valid(run) -> int:
     """train.eval_samples in whole global batches."""
     return math.ceil(run.train.eval_samples / run.train.global_batch) * run.train.global_batch
-
-
-class Feed:
-    """engine/stage.py's Feed: this replica's micro-batches, one global batch after another, from `position` on.
-
-    freely: for as long as anybody asks; else for the planned steps. ahead: how many of the last global batches taken are for later
-    steps and so do not count as consumed.
-    """
-
-    ahead = 0
-
-    def __init__(self, run, loader, position: Position, freely: bool, copies=None):
-        self.run, self.freely, self._waited = run, freely, 0.0
-        self._start_copies = copies.start if copies else lambda micro_batches: None
-        self.start(loader, position)
-
-    def start(self, loader, position: Position) -> None:
-        """Go on from `position`."""
-        self.loader, self.step, self.ahead = loader, position.step, 0
-        self._ends = [position.consumed_samples]  # of the global batches taken, from the last one that an earlier step used
-        planned = None if self.freely else schedule.planned_steps(self.run.train) - position.step
-        self._sizes, read = (_global_batches(self.run.train, position.consumed_samples, planned) for _ in range(2))
-        depth = self.run.data.prefetch
-        self._batches = Prefetcher(loader, read, depth, self._start_copies) if depth else self._one_by_one(loader, read, self._start_copies)
-
-    @staticmethod
-    def _one_by_one(loader, positions, start):
-        for position in positions:
-            found = loader.batches(*position)
-            start(found)
-            yield found
-
-    @profiling.phase("wait for data")
-    def __next__(self):
-        started = time.perf_counter()
-        micro_batches = next(self._batches)
-        self._waited += time.perf_counter() - started
-        self._ends.append(sum(next(self._sizes)))
-        return micro_batches
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.run.data.prefetch:
-            self._batches.__exit__(*error)
-
-    def close(self) -> None:
-        """Read no further."""
-        self.__exit__(None, None, None)
-
-    def waited(self) -> float:
-        """Seconds that the loop has waited for data since this was last asked."""
-        waited, self._waited = self._waited, 0.0
-        return waited
-
-    def position(self, before: Position) -> Position:
-        """Where the run stands after the step underway."""
-        self._ends = self._ends[len(self._ends) - 1 - self.ahead:]
-        used = self._ends[0]
-        return Position(self.step, used, before.tokens + (used - before.consumed_samples) * self.run.train.seq_len)
-
-    def samples(self) -> str:
-        """What the step underway has read."""
-        return f"samples {self._ends[0]} to {self._ends[-1] - 1}"
-
-    def numbers(self, replica: int, micro_batches: list[int]) -> list[int]:
-        """The samples of these micro-batches of a replica in the step underway; none where a stage makes its own batches of what it draws."""
-        if self.freely:
-            return []
-        loader = Loader(self.loader.dataset, self.run.train.micro_batch, replica, self.loader.dp_size)
-        rows = loader.sample_numbers(self._ends[0], self._ends[-1] - self._ends[0])
-        return [int(number) for i in micro_batches for number in rows[i]]
-
-
-def _global_batches(train, consumed: int, num: int | None):
-    """(first sample, samples) of the next global batches after `consumed` samples; num: how many, None without end."""
-    for _ in itertools.count() if num is None else range(num):
-        size = schedule.global_batch(consumed, train)
-        yield consumed, size
-        consumed += size
-
-
-class Updates:
-    """What the optimizer steps of one step of the run found, by role, and the batches [rows of this replica, s] its first role learnt from."""
-
-    def __init__(self, trained):
-        self.first = next(iter(trained))
-        self.sums, self.norms, self.shapes = {name: {} for name in trained}, {name: [] for name in trained}, []
-
-    def add(self, name: str, micro_batches, result, norm: float | None) -> None:
-        sums = self.sums[name]
-        for key, (total, count) in result.sums.items():
-            old_total, old_count = sums.get(key, (0.0, 0.0))
-            sums[key] = (old_total + total, old_count + count)
-        self.norms[name].append(norm)
-        if name == self.first:
-            rows, seq_len = micro_batches[0]["tokens"].shape
-            self.shapes.append((rows * len(micro_batches), seq_len))
-
-    def means(self, name: str) -> dict[str, float]:
-        return {key: total / count if count else float("nan") for key, (total, count) in self.sums[name].items()}
-
-    def norm(self, name: str) -> float:
-        """Mean gradient norm of the updates that were taken; NaN without any."""
-        taken = [norm for norm in self.norms[name] if norm is not None]
-        return sum(taken) / len(taken) if taken else float("nan")
-
-
-def _record(run, place, before: Position, position: Position, updates: Updates, lr: float, seconds: float, model) -> dict:
-    """One line of metrics.jsonl. Roles beside the first have their names before their numbers."""
-    tokens = sum(rows * seq_len for rows, seq_len in updates.shapes) * place.dp
-    flops = sum(metrics.step_flops(run.model, seq_len, rows * place.dp) for rows, seq_len in updates.shapes)
-    tflops = metrics.tflops_per_device(flops, seconds, place.world_size)
-    record = {
-        "step": position.step,
-        "loss": float("nan"),  # of a first role that did not learn
-        "grad_norm": updates.norm(updates.first),
-        "lr": lr,
-        "consumed_samples": position.consumed_samples,
-        "tokens": tokens,
-        "step_time_s": seconds,
-        "tokens_per_s": tokens / seconds,
-        "global_batch": position.consumed_samples - before.consumed_samples,
-        "tflops_per_device": tflops,
-        "peak_memory_gib": metrics.peak_memory_gib(),
-        "skipped": not any(norm is not None for norm in updates.norms[updates.first]),
-        **updates.means(updates.first),
-    }
-    for name in updates.sums:
-        if name != updates.first:
-            record |= {f"{name}/{key}": mean for key, mean in {**updates.means(name), "grad_norm": updates.norm(name)}.items()}
-    utilisation = metrics.mfu(tflops, _peak_tflops(run, place))
-    if utilisation is not None:
-        record["mfu"] = utilisation
-    if run.train.precision == "fp16":
-        record["loss_scale"] = model.loss_scale
-    if run.model.moe.num_experts:
-        record["moe"] = observe.moe_losses(model)
-    if run.log.norms:
-        record["norms"] = observe.layer_norms(model)
-    return record
-
-
-def _peak_tflops(run, place) -> float | None:
-    if run.log.peak_tflops:
-        return run.log.peak_tflops
-    return metrics.peak_tflops(torch.cuda.get_device_name(), run.train.fp8.recipe != "none") if place.device == "cuda" else None
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-class Clock:
-    """Time per step, and garbage collection at a fixed beat."""
-
-    def __init__(self, run):
-        self.last, self.beat = time.monotonic(), run.train.manual_gc
-        if self.beat:
-            gc.disable()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        return seconds
-
-    def collect_garbage(self, step: int) -> None:
-        if _due(self.beat, step):
-            gc.collect(1)

@@ -486,7 +486,7 @@ def test_a_reward_model_judges_the_last_token(dp):
 
 
 def test_a_step_reports_what_all_its_updates_found():
-    from engine.train import Updates
+    from engine.step_record import Updates
 
     updates, batch = Updates({"policy": None, "critic": None}), [{"tokens": torch.zeros(2, 8)}] * 3
     for sums, norm in (({"loss": (6.0, 2.0)}, 1.0), ({"loss": (1.0, 3.0)}, None), ({"loss": (2.0, 1.0)}, 4.0)):

@@ -165,11 +165,11 @@ def what_is_read(raw, parts):
     is started for each of `parts` (replicas, steps) in turn."""
     import numpy as np
 
+    from engine.batches import Feed
     from engine.config import validate
     from engine.data.loader import Loader
     from engine.mcore.checkpoint import Position
     from engine.stages import build_stage
-    from engine.train import Feed
 
     position, found = Position(), []
     for dp, steps in parts:

@@ -400,20 +400,21 @@ def test_the_training_stream_waits_for_a_copy_and_its_memory_is_kept(cuda):
 
 def waits(raw):
     """On a rank: what a Feed says it has waited, by a clock that only reading moves."""
-    from engine import train as loop
+    from engine import batches
     from engine.config import validate
+    from engine.mcore.checkpoint import Position
 
     clock = types.SimpleNamespace(now=0.0)
     loader = types.SimpleNamespace(batches=lambda first, size: setattr(clock, "now", clock.now + 1.5) or [first])
-    honest, loop.time = loop.time, types.SimpleNamespace(perf_counter=lambda: clock.now)
+    honest, batches.time = batches.time, types.SimpleNamespace(perf_counter=lambda: clock.now)
     try:
-        with loop.Feed(validate(merged(raw, {"data": {"prefetch": 0}})), loader, loop.Position(), False) as feed:
+        with batches.Feed(validate(merged(raw, {"data": {"prefetch": 0}})), loader, Position(), False) as feed:
             taken = next(feed), next(feed)
             clock.now += 100  # the step itself
             first = feed.waited()
             return taken, first, feed.waited(), (next(feed), feed.waited())
     finally:
-        loop.time = honest
+        batches.time = honest
 
 
 def test_the_wait_for_data_is_what_the_loop_waits(raw_run):

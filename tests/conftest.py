@@ -1,7 +1,13 @@
 """Shared by all tests: a tiny corpus, a run configuration over it, and the ranks that stay up."""
 
-import pytest
-from training import small_run, write_corpus
+import os
+
+# Before torch and numpy make their pools: two processes with a thread for each core spend more time waiting for each other's threads than
+# on these small models. torchrun sets the same for its ranks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from training import small_run, write_corpus  # noqa: E402
 
 
 @pytest.fixture(scope="session")

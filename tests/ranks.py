@@ -10,13 +10,17 @@ replaced, as it is when a job takes longer than `timeout`. Functions and argumen
 import atexit
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from pathlib import Path
 
 # A MoE model is kept alive by autograd hooks that no garbage collector sees, and with it the threads of its process groups,
 # some fifty a job; a new fork costs less than they do.
 JOBS_PER_POOL = 12
+TESTS = Path(__file__).parent
 _pool: list = []
 _num_jobs = 0
 
@@ -83,7 +87,7 @@ def _report(errors: dict) -> str:
 
 def _grow(num_ranks: int) -> None:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_preload"])
+    _start_server(context)
     while len(_pool) < num_ranks:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=False)
@@ -92,8 +96,21 @@ def _grow(num_ranks: int) -> None:
         _pool.append((process, ours))
 
 
+def _start_server(context) -> None:
+    """The fork server, unless it runs. CPython 3.11's has not our sys.path when it imports what it is to preload (gh-117378), and it
+    goes on without what it does not find, so PYTHONPATH tells it; ranks_preload.py takes that back."""
+    context.set_forkserver_preload(["ranks_preload"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)] + ([before] if before is not None else []))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
 def _serve(pipe) -> None:
     """A rank: wait for a job, join a world of its size, answer."""
+    assert "ranks_preload" in sys.modules, "the fork server has not preloaded it, so each rank would import everything again"
     import torch
     import torch.distributed as dist
 
@@ -111,6 +128,7 @@ def _serve(pipe) -> None:
         try:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
             dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
+            dist.barrier()  # a rank that is done at once would close connections that others are still making
             pipe.send((True, function(*args)))
             topology.stop()
         except BaseException:

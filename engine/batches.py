@@ -34,7 +34,7 @@ class Feed:
         self.loader, self.step, self.ahead = loader, position.step, 0
         self._ends = [position.consumed_samples]  # of the global batches taken, from the last one that an earlier step used
         planned = None if self.freely else schedule.planned_steps(self.run.train) - position.step
-        self._sizes, read = (_global_batches(self.run.train, position.consumed_samples, planned) for _ in range(2))
+        self._sizes, read = (global_batches(self.run.train, position.consumed_samples, planned) for _ in range(2))
         depth = self.run.data.prefetch
         self._batches = Prefetcher(loader, read, depth, self._start_copies) if depth else self._one_by_one(loader, read, self._start_copies)
 
@@ -88,7 +88,7 @@ class Feed:
         return [int(number) for i in micro_batches for number in rows[i]]
 
 
-def _global_batches(train, consumed: int, num: int | None):
+def global_batches(train, consumed: int, num: int | None):
     """(first sample, samples) of the next global batches after `consumed` samples; num: how many, None without end."""
     for _ in itertools.count() if num is None else range(num):
         size = schedule.global_batch(consumed, train)

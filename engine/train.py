@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine import profiling, rollback, run_folder, schedule
-from engine.batches import Feed
+from engine.batches import Feed, global_batches
 from engine.checks import cross_checks
 from engine.config import ConfigError
 from engine.hf.convert import beside_checkpoint, check_expressible
@@ -353,7 +353,7 @@ class Trainer:
         planned = schedule.planned_steps(run.train)
         num_train = max(schedule.consumed_samples_after(planned, run.train), 1)
         if self.rollbacks:  # samples were passed over
-            num_train = position.consumed_samples + sum(size for _, size in _global_batches(run.train, position.consumed_samples, planned - position.step))
+            num_train = position.consumed_samples + sum(size for _, size in global_batches(run.train, position.consumed_samples, planned - position.step))
 
         def outlines():
             nonlocal found

@@ -120,8 +120,8 @@ def test_activations_are_what_autograd_saves(num_ranks):
         run = validate(case, num_ranks)
         model, said, measured = Saved(run, "torch", "cpu"), 0, 0
         for pp_rank, found in (results[i] for results in by_rank):
-            for chunk, (activations, logits) in zip(chunks(run)[pp_rank], found):
-                said, measured = said + model.chunk(chunk), measured + activations
+            for chunk, (kept, logits) in zip(chunks(run)[pp_rank], found):
+                said, measured = said + model.chunk(chunk), measured + kept
                 assert logits == (model.logits if chunk.is_last else 0)
         assert said == pytest.approx(measured, rel=0.002), case
 

@@ -7,9 +7,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import ranks
 import torch
-import torch.nn.functional as F
 
 HEADS, KV_HEADS, DIM = 4, 2, 6
 

@@ -13,6 +13,7 @@ import statistics
 import sys
 
 import _turns
+from _peak import peak_bytes
 
 TOKENS, WIDTH, IDS = 1024, 512, 131072
 
@@ -27,8 +28,6 @@ def _inputs():
 
 def _step(loss_of):
     """step(i) -> (loss, peak bytes): of the last warm-up step, 0 of the others, which measure time."""
-    from torch.profiler import ProfilerActivity, profile
-
     hidden, weight, labels = _inputs()
 
     def both_ways():
@@ -40,12 +39,7 @@ def _step(loss_of):
     def step(i):
         if i != _turns.WARM_UP - 1:
             return both_ways(), 0
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            loss = both_ways()
-        now = most = 0
-        for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
+        most, loss = peak_bytes(both_ways)
         return loss, most
 
     return step

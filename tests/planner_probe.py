@@ -12,14 +12,14 @@ def kept(cases) -> list:
 def saved(cases, loss_block: int = 0) -> list:
     """Of each case: (pp rank, for each chunk bytes that autograd saves of one micro-batch but for parameters, bytes of its logits). loss_block:
     bytes of logits held where gradients are made in the forward pass, 0 as always."""
-    from engine.mcore import linear_ce
+    from engine.loss_memory import BLOCK_BYTES
 
-    usual = linear_ce._BLOCK_BYTES
-    linear_ce._BLOCK_BYTES = {"cpu": loss_block or usual["cpu"]}
+    usual = BLOCK_BYTES["cpu"]
+    BLOCK_BYTES["cpu"] = loss_block or usual
     try:
         return [_of_network(raw, lambda network, run, place: (place.pp_rank, saved_by(network, run, place))) for raw in cases]
     finally:
-        linear_ce._BLOCK_BYTES = usual
+        BLOCK_BYTES["cpu"] = usual
 
 
 def _of_network(raw, measure):

@@ -4,6 +4,8 @@ Left out: softcaps (test_special_attention.py).
 """
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import parity_table
@@ -12,6 +14,11 @@ import ranks
 import torch
 import torch.nn.functional as F
 from test_torch_backend import random, same
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parent / "gpu")]
+
+import gpu  # noqa: E402
+from _peak import peak_bytes  # noqa: E402
 
 TOKENS, WIDTH, IDS = 10, 12, 64
 
@@ -39,62 +46,6 @@ def our_loss(hidden, weight, labels, cotangent, num_real, tp_group=None):
     return nll.detach(), *torch.autograd.grad(nll, (hidden, weight), cotangent)
 
 
-@pytest.mark.parametrize("num_real", [IDS, 50, 2])
-@pytest.mark.parametrize("rows", [100, 10, 3, 1], ids="{} rows a chunk".format)
-def test_linear_cross_entropy(monkeypatch, num_real, rows):
-    from engine.mcore import linear_ce
-
-    monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", rows * IDS * 4)
-    monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 4)
-    case = loss_case(num_real)
-    for ours, theirs in zip(our_loss(*case, num_real), plain_loss(*case, num_real)):
-        assert same(ours, theirs, rtol=1e-6)
-    assert not our_loss(*case, num_real)[2][num_real:].any()      # padding learns nothing
-
-
-def test_linear_cross_entropy_of_large_logits():
-    """exp() of these logits is infinite in fp32; what remains is the rounding of the logits themselves."""
-    hidden, weight, labels, cotangent = loss_case(IDS)
-    case = hidden * 100, weight, labels, cotangent
-    largest_logit = (case[0] @ weight.t()).abs().max()
-    assert largest_logit.exp().isinf()
-    for ours, theirs in zip(our_loss(*case, IDS), plain_loss(*case, IDS)):
-        assert same(ours, theirs, rtol=2 * torch.finfo(torch.float32).eps * largest_logit)
-
-
-def test_linear_cross_entropy_in_bf16():
-    """The loss is fp32; it differs from the loss of the same bf16 numbers by the rounding of the logits to bf16."""
-    case = loss_case(50, torch.bfloat16)
-    (nll, *grads), (plain, *plain_grads) = our_loss(*case, 50), plain_loss(*case, 50)
-    eps = torch.finfo(torch.bfloat16).eps
-    largest_logit = (case[0].double() @ case[1].double().t()).abs().max()
-    assert nll.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16] * 2
-    assert (nll - plain).abs().max() < 2 * eps * largest_logit
-    for ours, theirs in zip(grads, plain_grads):
-        assert (ours - theirs).norm() < 2 * eps * theirs.norm()
-
-
-def loss_on_rank(num_real):
-    """Each rank holds consecutive ids; returns what our_loss does for them."""
-    import torch.distributed as dist
-
-    hidden, weight, labels, cotangent = loss_case(num_real)
-    own = weight.chunk(dist.get_world_size())[dist.get_rank()]
-    return [tensor.numpy() for tensor in our_loss(hidden, own, labels, cotangent, num_real, dist.group.WORLD)]
-
-
-@pytest.mark.parametrize("num_real", [IDS, 50, IDS // 2, 20], ids=["no padding", "some", "one rank is padding", "more than a rank"])
-def test_linear_cross_entropy_over_tp(num_real):
-    nll, grad_hidden, grad_weight = plain_loss(*loss_case(num_real), num_real)
-    first, second = ([torch.from_numpy(x) for x in result] for result in ranks.run(2, loss_on_rank, num_real))
-    assert torch.equal(first[0], second[0]) and same(first[0], nll, rtol=1e-6)
-    assert same(first[1] + second[1], grad_hidden, rtol=1e-6)
-    assert same(torch.cat([first[2], second[2]]), grad_weight, rtol=1e-6)
-
-
-# --- and with the entropy -----------------------------------------------------------------------------------------------
-
-
 def entropy_case(num_real, dtype=torch.float32):
     """As loss_case, and a weight per token for each of log p(label) and entropy: [tokens, 2]."""
     hidden, weight, labels, _ = loss_case(num_real, dtype)
@@ -117,17 +68,89 @@ def our_entropy(hidden, weight, labels, cotangent, num_real, tp_group=None):
     return both.detach(), *torch.autograd.grad(both, (hidden, weight), cotangent)
 
 
+def early_loss(hidden, weight, labels, cotangent, num_real, tp_group=None, factor=1.0, learns_weight=True):
+    """As our_loss, `cotangent` told beforehand but for the factor."""
+    from engine.mcore.linear_ce import linear_cross_entropy
+
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(learns_weight)
+    nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group, proportions=cotangent / factor)
+    assert type(nll.grad_fn).__name__ == "_GradientsInForwardBackward"
+    return nll.detach(), *torch.autograd.grad(nll, (hidden, weight) if learns_weight else hidden, cotangent)
+
+
+KINDS = {"loss": (loss_case, our_loss, plain_loss), "entropy": (entropy_case, our_entropy, plain_entropy)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_real", [IDS, 50, 2])
-@pytest.mark.parametrize("rows", [100, 3], ids="{} rows a chunk".format)
-def test_entropy(monkeypatch, num_real, rows):
+@pytest.mark.parametrize("rows", [100, 10, 3, 1], ids="{} rows a chunk".format)
+def test_chunks(monkeypatch, kind, num_real, rows):
     from engine.mcore import linear_ce
 
-    monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", rows * IDS * 4)
+    monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", rows * IDS * 4)
     monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 4)
-    case = entropy_case(num_real)
-    for ours, theirs in zip(our_entropy(*case, num_real), plain_entropy(*case, num_real)):
-        assert same(ours, theirs, rtol=1e-6)
-    assert not our_entropy(*case, num_real)[2][num_real:].any()
+    make, ours, plain = KINDS[kind]
+    case = make(num_real)
+    found = ours(*case, num_real)
+    for mine, theirs in zip(found, plain(*case, num_real)):
+        assert same(mine, theirs, rtol=1e-6)
+    assert not found[2][num_real:].any()      # padding learns nothing
+
+
+@pytest.mark.parametrize("kind, limit", [("loss", 2), ("entropy", 4)])
+def test_in_bf16(kind, limit):
+    """What is found is fp32; it differs from that of the same bf16 numbers by the rounding of the logits to bf16."""
+    make, ours, plain = KINDS[kind]
+    case = make(50, torch.bfloat16)
+    (found, *grads), (exact, *exact_grads) = ours(*case, 50), plain(*case, 50)
+    eps = torch.finfo(torch.bfloat16).eps
+    largest_logit = (case[0].double() @ case[1].double().t()).abs().max()
+    assert found.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16] * 2
+    assert (found - exact).abs().max() < 2 * eps * largest_logit
+    for mine, theirs in zip(grads, exact_grads):
+        assert (mine - theirs).norm() < limit * eps * theirs.norm()
+
+
+def on_rank(kind, num_real):
+    """Each rank holds consecutive ids; returns what is found of them. early: in blocks of 3 rows, told of a third of the gradient."""
+    import torch.distributed as dist
+
+    from engine.mcore import linear_ce
+
+    make, ours, _ = KINDS.get(kind, KINDS["loss"])
+    hidden, weight, labels, cotangent = make(num_real)
+    own = weight.chunk(dist.get_world_size())[dist.get_rank()]
+    if kind != "early":
+        return [tensor.numpy() for tensor in ours(hidden, own, labels, cotangent, num_real, dist.group.WORLD)]
+    usual, linear_ce.BLOCK_BYTES["cpu"] = linear_ce.BLOCK_BYTES["cpu"], 3 * len(own) * 4
+    try:
+        return [tensor.numpy() for tensor in early_loss(hidden, own, labels, cotangent, num_real, dist.group.WORLD, factor=3.0)]
+    finally:
+        linear_ce.BLOCK_BYTES["cpu"] = usual
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "early"])
+@pytest.mark.parametrize("num_real", [IDS, 50, IDS // 2, 20], ids=["no padding", "some", "one rank is padding", "more than a rank"])
+def test_over_tp(kind, num_real):
+    make, _, plain = KINDS.get(kind, KINDS["loss"])
+    exact, grad_hidden, grad_weight = plain(*make(num_real), num_real)
+    first, second = ([torch.from_numpy(x) for x in result] for result in ranks.run(2, on_rank, kind, num_real))
+    assert torch.equal(first[0], second[0]) and same(first[0], exact, rtol=1e-6)
+    assert same(first[1] + second[1], grad_hidden, rtol=1e-6)
+    assert same(torch.cat([first[2], second[2]]), grad_weight, rtol=1e-6)
+
+
+def test_large_logits():
+    """exp() of these logits is infinite in fp32; what remains is the rounding of the logits themselves."""
+    hidden, weight, labels, cotangent = loss_case(IDS)
+    case = hidden * 100, weight, labels, cotangent
+    largest_logit = (case[0] @ weight.t()).abs().max()
+    assert largest_logit.exp().isinf()
+    for ours, theirs in zip(our_loss(*case, IDS), plain_loss(*case, IDS)):
+        assert same(ours, theirs, rtol=2 * torch.finfo(torch.float32).eps * largest_logit)
+
+
+# --- and with the entropy -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["log p", "entropy"])
@@ -159,34 +182,6 @@ def test_entropy_of_large_logits():
     assert torch.autograd.grad(entropy.sum(), hidden)[0].abs().max() < torch.finfo(torch.float32).eps * 3000  # 0 but for such a step
 
 
-def test_entropy_in_bf16():
-    case = entropy_case(50, torch.bfloat16)
-    (both, *grads), (plain, *plain_grads) = our_entropy(*case, 50), plain_entropy(*case, 50)
-    eps = torch.finfo(torch.bfloat16).eps
-    largest_logit = (case[0].double() @ case[1].double().t()).abs().max()
-    assert both.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16] * 2
-    assert (both - plain).abs().max() < 2 * eps * largest_logit
-    for ours, theirs in zip(grads, plain_grads):
-        assert (ours - theirs).norm() < 4 * eps * theirs.norm()
-
-
-def entropy_on_rank(num_real):
-    import torch.distributed as dist
-
-    hidden, weight, labels, cotangent = entropy_case(num_real)
-    own = weight.chunk(dist.get_world_size())[dist.get_rank()]
-    return [tensor.numpy() for tensor in our_entropy(hidden, own, labels, cotangent, num_real, dist.group.WORLD)]
-
-
-@pytest.mark.parametrize("num_real", [IDS, 50, IDS // 2, 20], ids=["no padding", "some", "one rank is padding", "more than a rank"])
-def test_entropy_over_tp(num_real):
-    both, grad_hidden, grad_weight = plain_entropy(*entropy_case(num_real), num_real)
-    first, second = ([torch.from_numpy(x) for x in result] for result in ranks.run(2, entropy_on_rank, num_real))
-    assert torch.equal(first[0], second[0]) and same(first[0], both, rtol=1e-6)
-    assert same(first[1] + second[1], grad_hidden, rtol=1e-6)
-    assert same(torch.cat([first[2], second[2]]), grad_weight, rtol=1e-6)
-
-
 def test_output_layer_gives_both_at_the_places_asked():
     from engine.mcore.output_layer import OutputLayer
 
@@ -211,21 +206,11 @@ def blocks(monkeypatch):
     def of(rows, chunk=2, itemsize=4):
         from engine.mcore import linear_ce
 
-        monkeypatch.setitem(linear_ce._BLOCK_BYTES, "cpu", rows * IDS * itemsize)
-        monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", chunk * IDS * itemsize)
+        monkeypatch.setitem(linear_ce.BLOCK_BYTES, "cpu", rows * IDS * itemsize)
+        monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", chunk * IDS * itemsize)
         monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 3)
 
     return of
-
-
-def early_loss(hidden, weight, labels, cotangent, num_real, tp_group=None, factor=1.0, learns_weight=True):
-    """As our_loss, `cotangent` told beforehand but for the factor."""
-    from engine.mcore.linear_ce import linear_cross_entropy
-
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(learns_weight)
-    nll = linear_cross_entropy(hidden, weight, labels, num_real, tp_group, proportions=cotangent / factor)
-    assert type(nll.grad_fn).__name__ == "_GradientsInForwardBackward"
-    return nll.detach(), *torch.autograd.grad(nll, (hidden, weight) if learns_weight else hidden, cotangent)
 
 
 @pytest.mark.parametrize("num_real", [IDS, 50, 2])
@@ -285,27 +270,14 @@ def test_another_loss_than_was_told_is_refused(blocks, place):
         nll.backward(cotangent)
 
 
-def peak(act) -> int:
-    """Bytes that are allocated at the worst moment of act(), above those before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        act()
-    now = most = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_memory(monkeypatch, dtype):
     """At most a quarter of F.linear with F.cross_entropy in fp32, where tokens are twice the width, as 8,192 and 4,096."""
     from engine.mcore import linear_ce
 
     tokens, width, ids = 512, 256, 8192
-    monkeypatch.setitem(linear_ce._BLOCK_BYTES, "cpu", 32 * ids * dtype.itemsize)  # a sixteenth, as 512 MB are not more than of 8,192 x 128k
-    monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", 4 * ids * dtype.itemsize)
+    monkeypatch.setitem(linear_ce.BLOCK_BYTES, "cpu", 32 * ids * dtype.itemsize)  # a sixteenth, as 512 MB are not more than of 8,192 x 128k
+    monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", 4 * ids * dtype.itemsize)
     hidden, weight = (random(*shape, dtype=torch.float32).to(dtype).requires_grad_() for shape in ((tokens, width), (ids, width)))
     labels, mask = torch.randint(0, ids, (tokens,)), torch.ones(tokens)
 
@@ -319,7 +291,7 @@ def test_memory(monkeypatch, dtype):
     for act in (plain, ours):
         act()                                     # what is made once
         hidden.grad = weight.grad = None
-        found[act] = peak(act)
+        found[act], _ = peak_bytes(act)
         hidden.grad = weight.grad = None
     assert found[plain] > 3 * 4 * tokens * ids    # three times the logits, in fp32: the measure works
     assert found[ours] <= 0.25 * found[plain], f"{found[ours]:,} of {found[plain]:,}"
@@ -327,41 +299,12 @@ def test_memory(monkeypatch, dtype):
 
 def test_logits_are_kept_where_that_is_less():
     """Of few tokens with a wide model a gradient in fp32 is more than logits and a gradient in bf16."""
-    from engine.mcore.linear_ce import _saves_memory
+    from engine.loss_memory import is_early
 
-    def saves(tokens, width, ids=131072, dtype=torch.bfloat16, learns=True):
-        hidden, weight = (torch.empty(rows, width, dtype=dtype, device="meta") for rows in (tokens, ids))
-        weight.requires_grad_(learns)
-        hidden, weight = (SimpleNamespace(device=torch.device("cuda"), size=x.size, element_size=x.element_size, requires_grad=x.requires_grad)
-                          for x in (hidden, weight))
-        return _saves_memory(hidden, weight)
-
-    assert saves(8192, 4096) and saves(4096, 8192, learns=False) and saves(4096, 8192, dtype=torch.float32)
-    assert not saves(4096, 8192)                  # 1.1 + 2.1 GB, and 4.3
-    assert not saves(2048, 1024)                  # one block: the same
-
-
-def early_on_rank(num_real):
-    import torch.distributed as dist
-
-    from engine.mcore import linear_ce
-
-    blocks, linear_ce._BLOCK_BYTES = linear_ce._BLOCK_BYTES, {"cpu": 3 * IDS // 2 * 4}
-    try:
-        hidden, weight, labels, cotangent = loss_case(num_real)
-        own = weight.chunk(dist.get_world_size())[dist.get_rank()]
-        return [tensor.numpy() for tensor in early_loss(hidden, own, labels, cotangent, num_real, dist.group.WORLD, factor=7.0)]
-    finally:
-        linear_ce._BLOCK_BYTES = blocks
-
-
-@pytest.mark.parametrize("num_real", [IDS, 50, IDS // 2, 20], ids=["no padding", "some", "one rank is padding", "more than a rank"])
-def test_gradients_made_in_the_forward_pass_over_tp(num_real):
-    nll, grad_hidden, grad_weight = plain_loss(*loss_case(num_real), num_real)
-    first, second = ([torch.from_numpy(x) for x in result] for result in ranks.run(2, early_on_rank, num_real))
-    assert torch.equal(first[0], second[0]) and same(first[0], nll, rtol=1e-6)
-    assert same(first[1] + second[1], grad_hidden, rtol=1e-6)
-    assert same(torch.cat([first[2], second[2]]), grad_weight, rtol=1e-6)
+    ids = 131072
+    assert is_early(8192, 4096, ids, 2, "cuda") and is_early(4096, 8192, ids, 2, "cuda", learns=False) and is_early(4096, 8192, ids, 4, "cuda")
+    assert not is_early(4096, 8192, ids, 2, "cuda")      # 1.1 + 2.1 GB, and 4.3
+    assert not is_early(2048, 1024, ids, 2, "cuda")      # one block: the same
 
 
 def test_what_a_gpu_compiles():
@@ -389,6 +332,11 @@ def test_what_a_gpu_compiles():
                     torch.testing.assert_close(eager.nan_to_num(neginf=0), graph.nan_to_num(neginf=0), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
+def test_what_a_gpu_is_asked_holds_on_a_cpu():
+    for case, errors in gpu.loss_errors("cpu").items():
+        assert max(errors) < (1e-2 if "bfloat16" in case else 1e-6), case
+
+
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
@@ -396,13 +344,13 @@ def trained_in_blocks(*args):
     """On a rank: parity_table.train with blocks of 16 tokens' logits, and how many losses were made so."""
     from engine.mcore import linear_ce
 
-    used, blocks, make = [], linear_ce._BLOCK_BYTES, linear_ce._GradientsInForward.apply
-    linear_ce._BLOCK_BYTES = {"cpu": 16 * parity_table.VOCAB * 4}
+    used, usual, make = [], linear_ce.BLOCK_BYTES["cpu"], linear_ce._GradientsInForward.apply
+    linear_ce.BLOCK_BYTES["cpu"] = 16 * parity_table.VOCAB * 4
     linear_ce._GradientsInForward.apply = lambda *args: used.append(1) or make(*args)
     try:
         return *parity_table.train(*args), len(used)
     finally:
-        linear_ce._BLOCK_BYTES = blocks
+        linear_ce.BLOCK_BYTES["cpu"] = usual
         del linear_ce._GradientsInForward.apply
 
 

@@ -13,7 +13,8 @@ import pytest
 import ranks
 from engine import metrics
 from engine.config import ConfigError, load_config, validate
-from engine.planner import activations, budget
+from engine.loss_memory import BLOCK_BYTES
+from engine.planner import budget
 from engine.planner.activations import Saved
 from engine.planner.cluster import kind_of, make_cluster
 from engine.planner.constants import GIB
@@ -21,6 +22,8 @@ from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.search import own_layout, read, search, write
 from engine.planner.time import Dispatch, step_time
 from engine.planner.weights import chunks, spread, weights, worth_of_output
+from engine.stage import Stage
+from engine.stages import STAGES, build_stage
 
 ROOT = Path(__file__).parents[1]
 LLAMA8B = str(ROOT / "examples/llama3_8b/pretrain.yaml")
@@ -130,12 +133,13 @@ def test_gradients_of_the_loss_made_early_are_counted(monkeypatch):
     """Instead of logits the gradient of the output matrix, once for next tokens and once for further ones."""
     case = raw({**GQA, "mtp": dict(num_layers=2)}, {}, {**TWO, "micro_batch": 8})
     block = 512 * 512 * 4      # of 1,024 tokens and 2,048 further ones, and a vocabulary padded to 512
-    monkeypatch.setitem(activations.LOSS_BLOCK, "cpu", block)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block)
     [[(_, [(_, measured)])]] = ranks.run(1, planner_probe.saved, [case], block)
     model = Saved(validate(case, 1), "torch", "cpu")
     assert measured == model.logits == 2 * 4 * 512 * 128 < 3 * 1024 * 512 * 4
-    preference = model.run.model_copy(update={"stage": "dpo"})
-    assert Saved(preference, "torch", "cpu").logits == 3 * 1024 * 512 * 4
+    for name in STAGES:      # which of them say Stage.proportions is known to the planner without asking them
+        says = type(build_stage(name)).proportions is not Stage.proportions
+        assert Saved(model.run.model_copy(update={"stage": name}), "torch", "cpu").logits == (measured if says else 3 * 1024 * 512 * 4), name
 
 
 def test_latent_attention_under_te_keeps_keys_and_values_of_their_own_sizes():

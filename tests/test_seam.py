@@ -14,8 +14,8 @@ ENGINES = {"megatron", "transformer_engine", "apex"}
 
 # Who may import whom inside the project; a name stands for everything below it. The open ones are for all of engine.
 OPEN = {"engine.config", "engine.section", "engine.model_sections", "engine.safety_sections", "engine.stage_sections", "engine.online_sections",
-        "engine.sampling", "engine.foreign", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.hashes", "engine.mapped",
-        "engine.rows", "engine.profiling", "engine.environment", "engine.stage", "engine.log", "engine.signals"}
+        "engine.sampling", "engine.foreign", "engine.run_folder", "engine.adapters", "engine.rope", "engine.torch_only", "engine.loss_memory", "engine.hashes",
+        "engine.mapped", "engine.rows", "engine.profiling", "engine.environment", "engine.stage", "engine.log", "engine.signals"}
 MAY_IMPORT = {
     "engine.config": {"engine.checks", "engine.models", "engine.launch_sections"},
     "engine.checks": {"engine.stages"},
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "engine.run_folder": set(),
     "engine.adapters": set(),
     "engine.rope": set(),
+    "engine.loss_memory": set(),
     "engine.torch_only": set(),
     "engine.environment": set(),
     "engine.hashes": set(),

@@ -72,7 +72,7 @@ def case(num_real):
 def test_a_capped_loss(monkeypatch, num_real, cap):
     from engine.mcore import linear_ce
 
-    monkeypatch.setitem(linear_ce._CHUNK_BYTES, "cpu", 7 * IDS * 4)  # several chunks
+    monkeypatch.setitem(linear_ce.CHUNK_BYTES, "cpu", 7 * IDS * 4)  # several chunks
     monkeypatch.setitem(linear_ce._PRODUCT_ROWS, "cpu", 1)
     for ours, theirs in zip(our_capped(*case(num_real), num_real, cap), capped(*case(num_real), num_real, cap)):
         assert same(ours, theirs, rtol=3e-6)

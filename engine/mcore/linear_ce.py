@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.jit import jit_fuser  # torch.compile on a GPU, nothing on a CPU, where a chunk stays in cache
 
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}     # logits at a time: what a core's cache holds; what fills a GPU
-_PRODUCT_ROWS = {"cpu": 128, "cuda": 1}                # of one product at least: fewer would read all the weight for little work
-_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}    # logits held at a time where gradients are made in the forward pass
-_ROUNDED = {"cpu": 1 << 18, "cuda": 1 << 24}           # numbers rounded at a time
+from engine.loss_memory import BLOCK_BYTES, CHUNK_BYTES, is_early, rows_in
+
+_PRODUCT_ROWS = {"cpu": 128, "cuda": 1}         # of one product at least: fewer would read all the weight for little work
+_ROUNDED = {"cpu": 1 << 18, "cuda": 1 << 24}    # numbers rounded at a time
 
 
 def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None, with_entropy: bool = False, cap=(0.0, 1.0), proportions=None):
@@ -36,7 +36,8 @@ def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None, w
     """
     assert not (with_entropy and proportions is not None)
     has_backward = torch.is_grad_enabled()
-    if proportions is not None and has_backward and _saves_memory(hidden, weight):
+    sizes = *hidden.shape, weight.size(0), hidden.element_size(), hidden.device.type
+    if proportions is not None and has_backward and is_early(*sizes, weight.requires_grad):
         return _GradientsInForward.apply(hidden, weight, labels, num_real, tp_group, cap, proportions)
     return _LogitsKept.apply(hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap)
 
@@ -57,7 +58,7 @@ def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> to
     """1.0 where no token has a greater logit than the label, else 0.0; fp32 [tokens]. Arguments as linear_cross_entropy's."""
     local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
     top, picked = (torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device) for _ in range(2))
-    for rows in (slice(*ends) for ends in _products(hidden.size(0), weight)):
+    for rows in _products(hidden.size(0), weight):
         z = (hidden[rows] @ weight.t())[:, :max(first_padding, 1)]
         top[rows] = z.amax(1).float() if first_padding else float("-inf")
         picked[rows] = z.gather(1, local[rows, None].clamp(max=z.size(1) - 1))[:, 0].float()
@@ -95,7 +96,7 @@ class _GradientsInForward(torch.autograd.Function):
         local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
         nll, grad_hidden = hidden.new_empty(hidden.size(0), dtype=torch.float32), torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        num_rows = _rows(weight, _BLOCK_BYTES)
+        num_rows = _rows(weight, BLOCK_BYTES)
         logits = hidden.new_empty(num_rows, weight.size(0))
         for first in range(0, hidden.size(0), num_rows):
             rows = slice(first, first + num_rows)
@@ -116,15 +117,6 @@ class _GradientsInForward(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = _times(grad_weight, factor, grad_hidden.dtype)
         return grad_hidden.mul_(factor), grad_weight, None, None, None, None, None
-
-
-def _saves_memory(hidden, weight) -> bool:
-    """Are the logits of all tokens, and later the weight's gradient, more than that gradient in fp32 from the beginning and one block?"""
-    if hidden.size(0) <= _rows(weight, _BLOCK_BYTES):
-        return False
-    if not weight.requires_grad:
-        return True
-    return (hidden.size(0) + hidden.size(1)) * hidden.element_size() > 4 * hidden.size(1)
 
 
 def _factor(grad, proportions):
@@ -161,7 +153,7 @@ def _add_product(total, a, b) -> None:
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # no product on a CPU gives another dtype
-        for rows in _chunks(len(total), b.t()):
+        for rows in _chunks(slice(0, len(total)), b.t()):
             total[rows] += a[rows] @ b
 
 
@@ -171,12 +163,12 @@ def _normalize(logits, hidden, weight, local, is_own, first_padding: int, tp_gro
     num_rows = hidden.size(0)
     lse, picked = (torch.empty(num_rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
     entropy = torch.empty_like(lse) if with_entropy else None
-    for first, last in _products(num_rows, weight):
-        h = hidden[first:last]
-        product = torch.mm(h, weight.t(), out=logits[first:last] if len(logits) == num_rows else logits[:len(h)])
-        for chunk in _chunks(len(h), weight):
-            rows = slice(first + chunk.start, min(first + chunk.stop, last))
-            lse[rows], picked[rows], of_rows = _sums(product[chunk], local[rows], first_padding, *cap, with_entropy)
+    for product in _products(num_rows, weight):
+        h = hidden[product]
+        z = torch.mm(h, weight.t(), out=logits[product] if len(logits) == num_rows else logits[:len(h)])
+        for rows in _chunks(product, weight):
+            chunk = z[rows.start - product.start:rows.stop - product.start]
+            lse[rows], picked[rows], of_rows = _sums(chunk, local[rows], first_padding, *cap, with_entropy)
             if with_entropy:
                 entropy[rows] = of_rows
     picked = picked.where(is_own, 0)
@@ -195,12 +187,11 @@ def _normalize(logits, hidden, weight, local, is_own, first_padding: int, tp_gro
 def _differentiate(logits, grad_hidden, weight, local, is_own, lse, grad, first_padding: int, cap, entropy=None, grad_entropy=None) -> None:
     """Turns logits into the gradient of h W^T, in place, and writes that of the hidden states. grad: of each nll, fp32 [tokens]."""
     own = torch.where(is_own, grad, 0.0)
-    for first, last in _products(len(logits), weight):
-        for chunk in _chunks(last - first, weight):
-            rows = slice(first + chunk.start, min(first + chunk.stop, last))
+    for product in _products(len(logits), weight):
+        for rows in _chunks(product, weight):
             of_entropy = (None, None) if grad_entropy is None else (entropy[rows], grad_entropy[rows])
             _to_gradient(logits[rows], local[rows], lse[rows], grad[rows], own[rows], first_padding, *cap, *of_entropy)
-        torch.mm(logits[first:last], weight, out=grad_hidden[first:last])
+        torch.mm(logits[product], weight, out=grad_hidden[product])
 
 
 @jit_fuser
@@ -263,24 +254,23 @@ def _place(weight, labels, num_real: int, tp_group):
 
 
 def _rows(weight, limit: dict[str, int]) -> int:
-    """Rows whose logits, in the dtype of `weight`, take as many bytes as `limit` has for the device."""
-    return max(1, limit[weight.device.type] // (weight.size(0) * weight.element_size()))
+    return rows_in(limit, weight.device.type, weight.size(0), weight.element_size())
 
 
 def _product_rows(weight) -> int:
     """Rows of one product: a chunk's, or what makes it worth while."""
-    return max(_rows(weight, _CHUNK_BYTES), _PRODUCT_ROWS[weight.device.type])
+    return max(_rows(weight, CHUNK_BYTES), _PRODUCT_ROWS[weight.device.type])
 
 
 def _products(num_rows: int, weight):
-    """(first, last) of the rows of each product with the weight."""
-    rows = _product_rows(weight)
-    for first in range(0, num_rows, rows):
-        yield first, min(first + rows, num_rows)
+    """Slices of the rows of each product with the weight."""
+    return _parts(slice(0, num_rows), _product_rows(weight))
 
 
-def _chunks(num_rows: int, weight):
-    """Slices of the rows whose logits should be worked on at a time."""
-    rows = _rows(weight, _CHUNK_BYTES)
-    for first in range(0, num_rows, rows):
-        yield slice(first, first + rows)
+def _chunks(rows: slice, weight):
+    """Slices of these rows whose logits should be worked on at a time."""
+    return _parts(rows, _rows(weight, CHUNK_BYTES))
+
+
+def _parts(rows: slice, size: int):
+    return (slice(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size))

@@ -12,10 +12,9 @@ Experts are taken to be evenly busy; masks of documents (data.reset_at_eod) are 
 
 from functools import cached_property
 
+from engine import loss_memory
 from engine.planner.weights import Chunk, count_kinds
 from engine.stages import TEXT
-
-LOSS_BLOCK = {"cpu": 64 << 20, "cuda": 512 << 20}      # linear_ce.py: logits held at a time where gradients are made in the forward pass
 
 
 class Saved:
@@ -63,9 +62,9 @@ class Saved:
         return kept
 
     def is_early(self, rows: int) -> bool:
-        """Does linear_ce.py make the gradients of so many rows in the forward pass? See _saves_memory there."""
-        ids, h = self.model.padded_vocab_size // self.tp, self.model.hidden_size
-        return self.knows_proportions and rows * ids * self.bytes > LOSS_BLOCK[self.device] and (rows + h) * self.bytes > 4 * h
+        """Are the gradients of the loss of so many rows made in the forward pass?"""
+        model = self.model
+        return self.knows_proportions and loss_memory.is_early(rows, model.hidden_size, model.padded_vocab_size // self.tp, self.bytes, self.device)
 
     def layer(self, is_moe: bool, is_windowed: bool = False) -> int:
         """One layer: everything, all but the core attention, or its input alone, as train.recompute says."""

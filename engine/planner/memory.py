@@ -10,11 +10,10 @@ what CUDA and NCCL take, and fragmentation are estimates (constants.py).
 
 from dataclasses import dataclass
 
+from engine.loss_memory import BLOCK_BYTES, CHUNK_BYTES
 from engine.planner import constants as c
-from engine.planner.activations import LOSS_BLOCK, Saved
+from engine.planner.activations import Saved
 from engine.planner.weights import alike, chunks, count_kinds, learning, weights
-
-LOSS_CHUNK = 256 << 20      # linear_ce.py: logits at a time on a GPU
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def _workspace(run, saved: Saved, own, backend: str) -> int:
         ids = model.padded_vocab_size // p.tp
         for rows in (saved.tokens, saved.tokens * model.mtp.num_learning):
             loss += rows * h * saved.bytes + (ids * h * saved.bytes if rows and not saved.is_early(rows) else 0)
-        chunk = min(saved.tokens * ids * saved.bytes, LOSS_CHUNK)
-        loss += max(chunk * 8 // saved.bytes, LOSS_BLOCK["cuda"] + chunk * 4 // saved.bytes if saved.is_early(saved.tokens) else 0)
+        chunk = min(saved.tokens * ids * saved.bytes, CHUNK_BYTES["cuda"])
+        loss += max(chunk * 8 // saved.bytes, BLOCK_BYTES["cuda"] + chunk * 4 // saved.bytes if saved.is_early(saved.tokens) else 0)
     return max(layer, loss)
 
 

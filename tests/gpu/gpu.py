@@ -1,6 +1,7 @@
 """What the GPU tests share: which GPUs there are, asked of the driver without torch, and a training run in a process of its own."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def has_te() -> bool:
     """Whether Transformer Engine can be imported, in a process of its own."""
     code = "import sys, engine.mcore; sys.exit(bool(engine.mcore.te_problem))"
     return not subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode
+
+
+def loss_errors(device: str = "cuda") -> dict[str, list[float]]:
+    """What loss_probe.py found, in a process of its own: case -> relative errors of nll and of both gradients."""
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "gpu" / "loss_probe.py"), device], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def train(raw: dict, *changes: dict, num_ranks: int = 1, device: str = "cuda") -> list[dict]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,14 +31,27 @@ def run_tool(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace
         return _report(parser, f"{error}; install the package first: pip install -e . --no-build-isolation", 1)
     try:
         body(args)
+        sys.stdout.flush()
     except UsageError as error:
         return _report(parser, str(error), 2)
     except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+            return 128 + signal.SIGPIPE
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         return _report(parser, f"{error}{'; make room where the output goes, then give the same command again' if is_full else ''}", 1)
     except KeyboardInterrupt:
         return _report(parser, "interrupted; no output was written", 1)
     return 0
+
+
+def _has_lost_its_reader() -> bool:
+    """Has what reads standard output (head) had enough? It is then led nowhere, so that Python's own flush at exit says nothing."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def positive(text: str) -> int:

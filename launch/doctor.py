@@ -5,6 +5,7 @@ the speed of the disk, and /dev/shm. Exit codes: 0 training can run, 1 it cannot
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -18,5 +19,6 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args()
     findings = examine(args.folder, say=lambda text: print(text, file=sys.stderr, flush=True))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # what reads it (head) may have enough
     print(as_json(findings) if args.json else screen(findings))
     sys.exit(0 if can_train(findings) else 1)

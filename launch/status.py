@@ -7,11 +7,13 @@ Exit codes: 0 done, 1 a folder holds no run, 2 usage.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
 
 def main() -> int:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # what reads it (head) may have enough
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run.dir of a run")
     how = parser.add_mutually_exclusive_group()

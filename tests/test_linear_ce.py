@@ -258,10 +258,11 @@ def test_nothing_to_learn_from(blocks):
 
 
 @pytest.mark.parametrize("place", [0, 7])
-def test_another_loss_than_was_told_is_refused(blocks, place):
+@pytest.mark.parametrize("rows", [3, 100], ids=["made in the forward pass", "logits kept"])
+def test_another_loss_than_was_told_is_refused(blocks, rows, place):
     from engine.mcore.linear_ce import linear_cross_entropy
 
-    blocks(3)
+    blocks(rows)
     hidden, weight, labels, cotangent = loss_case(50)
     nll = linear_cross_entropy(hidden.requires_grad_(), weight, labels, 50, proportions=cotangent)
     cotangent = cotangent.clone()

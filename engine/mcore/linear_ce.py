@@ -39,7 +39,7 @@ def linear_cross_entropy(hidden, weight, labels, num_real: int, tp_group=None, w
     sizes = *hidden.shape, weight.size(0), hidden.element_size(), hidden.device.type
     if proportions is not None and has_backward and is_early(*sizes, weight.requires_grad):
         return _GradientsInForward.apply(hidden, weight, labels, num_real, tp_group, cap, proportions)
-    return _LogitsKept.apply(hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap)
+    return _LogitsKept.apply(hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap, proportions)
 
 
 def linear_log_probability(*args, **kwargs) -> torch.Tensor:
@@ -71,23 +71,25 @@ def is_most_probable(hidden, weight, labels, num_real: int, tp_group=None) -> to
 
 class _LogitsKept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap):
+    def forward(ctx, hidden, weight, labels, num_real, tp_group, has_backward, with_entropy, cap, proportions):
         local, is_own, first_padding = _place(weight, labels, num_real, tp_group)
         # Without a backward pass one chunk's logits are enough, written over and over where they are in cache.
         num_kept = hidden.size(0) if has_backward else min(_product_rows(weight), hidden.size(0))
         logits = hidden.new_empty(num_kept, weight.size(0))
         nll, lse, entropy = _normalize(logits, hidden, weight, local, is_own, first_padding, tp_group, cap, with_entropy)
-        ctx.save_for_backward(hidden, weight, local, is_own, lse, entropy)
+        ctx.save_for_backward(hidden, weight, local, is_own, lse, entropy, proportions)
         ctx.logits, ctx.first_padding, ctx.cap = logits, first_padding, cap
         return (nll, entropy) if with_entropy else nll
 
     @staticmethod
     def backward(ctx, grad, grad_entropy=None):
-        hidden, weight, local, is_own, lse, entropy = ctx.saved_tensors
+        hidden, weight, local, is_own, lse, entropy, proportions = ctx.saved_tensors
+        if proportions is not None and len(proportions):
+            _factor(grad, proportions)  # what would be wrong with more tokens is refused with few
         logits, ctx.logits = ctx.logits, None
         grad_hidden = torch.empty_like(hidden)
         _differentiate(logits, grad_hidden, weight, local, is_own, lse, grad, ctx.first_padding, ctx.cap, entropy, grad_entropy)
-        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+        return grad_hidden, logits.t() @ hidden if ctx.needs_input_grad[1] else None, *[None] * 7
 
 
 class _GradientsInForward(torch.autograd.Function):

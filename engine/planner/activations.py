@@ -44,7 +44,7 @@ class Saved:
         if chunk.is_first:
             total += 8 * self.tokens * (2 if model.position == "learned" else 1) + self._dropped(self.stream * model.hidden_size)
         if chunk.is_last:
-            total += self._normed_residual() + self._output() + self._further()
+            total += self._normed_residual() + self._output(self.knows_proportions) + self._further()
         if chunk.layers and self.run.train.recompute == "full" and model.position == "rope":
             total += 4 * self.seq * model.rope_dims      # the angles, handed to every layer
         return total
@@ -57,14 +57,20 @@ class Saved:
         if model.head != "tokens":
             return 0
         ids, kept = model.padded_vocab_size // self.tp, 0
-        for rows in (self.tokens, self.tokens * model.mtp.num_learning):
-            kept += 4 * ids * model.hidden_size if self.is_early(rows) else rows * ids * self.bytes
+        for rows, knows in self.losses:
+            kept += 4 * ids * model.hidden_size if self.is_early(rows, knows) else rows * ids * self.bytes
         return kept
 
-    def is_early(self, rows: int) -> bool:
+    @property
+    def losses(self) -> list[tuple[int, bool]]:
+        """(rows, is known beforehand what their gradient is proportional to) of each product with the output matrix: next tokens, further ones."""
+        num = self.model.mtp.num_learning
+        return [(self.tokens, self.knows_proportions), *([(self.tokens * num, True)] if num else [])]
+
+    def is_early(self, rows: int, knows_proportions: bool) -> bool:
         """Are the gradients of the loss of so many rows made in the forward pass?"""
         model = self.model
-        return self.knows_proportions and loss_memory.is_early(rows, model.hidden_size, model.padded_vocab_size // self.tp, self.bytes, self.device)
+        return knows_proportions and loss_memory.is_early(rows, model.hidden_size, model.padded_vocab_size // self.tp, self.bytes, self.device)
 
     def layer(self, is_moe: bool, is_windowed: bool = False) -> int:
         """One layer: everything, all but the core attention, or its input alone, as train.recompute says."""
@@ -77,9 +83,9 @@ class Saved:
     def whole_layer(self, is_moe: bool, is_windowed: bool = False) -> int:
         return self._attention(is_windowed) + (self._moe() if is_moe else self._mlp(self.model.ffn_hidden_size))
 
-    def _output(self) -> int:
-        """What the output layer multiplies, gathered under sequence parallel; labels int64, a flag, log-sum-exp fp32."""
-        return self.tokens * (self.model.hidden_size * self.bytes + 13 * (self.model.head == "tokens"))
+    def _output(self, knows_proportions: bool) -> int:
+        """What the output layer multiplies, gathered under sequence parallel; labels int64, a flag, log-sum-exp and proportions fp32."""
+        return self.tokens * (self.model.hidden_size * self.bytes + (13 + 4 * knows_proportions) * (self.model.head == "tokens"))
 
     def _further(self) -> int:
         """Modules for further tokens, but for their transformer layers."""
@@ -87,7 +93,7 @@ class Saved:
         h, is_split = model.hidden_size, self.tokens > self.stream
         if not num:
             return 0
-        one = 8 * self.tokens + self._dropped(self.stream * h) + self._output()      # of the embedding and of the output layer
+        one = 8 * self.tokens + self._dropped(self.stream * h) + self._output(True)      # of the embedding and of the output layer
         if self.run.train.recompute != "full":
             # Norms of the embedding and of the hidden states, whose outputs are joined; the layer, which begins with a part of a whole sequence; a norm.
             one += self._normed_residual() + self._statistics(self.stream, h) + 2 * self.stream * h * self.input_bytes

@@ -85,10 +85,10 @@ def _workspace(run, saved: Saved, own, backend: str) -> int:
     if own[-1].is_last and model.head == "tokens":
         # Next tokens and all further ones are two products with one matrix: the first one's gradients wait for the second one's.
         ids = model.padded_vocab_size // p.tp
-        for rows in (saved.tokens, saved.tokens * model.mtp.num_learning):
-            loss += rows * h * saved.bytes + (ids * h * saved.bytes if rows and not saved.is_early(rows) else 0)
+        for rows, knows in saved.losses:
+            loss += (rows + (0 if saved.is_early(rows, knows) else ids)) * h * saved.bytes
         chunk = min(saved.tokens * ids * saved.bytes, CHUNK_BYTES["cuda"])
-        loss += max(chunk * 8 // saved.bytes, BLOCK_BYTES["cuda"] + chunk * 4 // saved.bytes if saved.is_early(saved.tokens) else 0)
+        loss += max(chunk * 8 // saved.bytes, BLOCK_BYTES["cuda"] + chunk * 4 // saved.bytes if any(saved.is_early(*of) for of in saved.losses) else 0)
     return max(layer, loss)
 
 

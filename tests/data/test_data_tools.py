@@ -345,6 +345,18 @@ def test_merge_joins_documents_in_order(tmp_path, capsys):
     assert documents_of(prefixes[1]) == [list(b"three")] and not list(tmp_path.glob("x*"))
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path, unbuffered):
+    """`peek ... | head`: ended as the signal would end it, and without a word."""
+    run_preprocess(write_jsonl(tmp_path / "a.jsonl", ["alpha"]), prefix=tmp_path / "a")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(Path(__file__).parents[2] / "data_tools" / "peek.py"), str(tmp_path / "a_text_document")]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_peek_prints_documents_and_samples(tmp_path, capsys):
     run_preprocess(write_jsonl(tmp_path / "a.jsonl", ["alpha", "beta", "gamma"]), prefix=tmp_path / "a", options=["--append-eod"])
     prefix = str(tmp_path / "a_text_document")

@@ -271,6 +271,22 @@ def test_another_loss_than_was_told_is_refused(blocks, rows, place):
         nll.backward(cotangent)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["largest", "smallest"])
+@pytest.mark.parametrize("rows", [3, 100], ids=["made in the forward pass", "logits kept"])
+def test_a_loss_that_is_not_finite_is_not_a_lie(blocks, rows, place, bad):
+    """It is for the step guard to skip, which finds it in the gradients of the weights."""
+    from engine.mcore.linear_ce import linear_cross_entropy
+
+    blocks(rows)
+    hidden, weight, labels, cotangent = loss_case(50)
+    nll = linear_cross_entropy(hidden, weight.requires_grad_(), labels, 50, proportions=cotangent)
+    cotangent = cotangent.clone()
+    cotangent[cotangent.abs().argmax() if place == "largest" else cotangent.abs().argmin()] = bad
+    nll.backward(cotangent)
+    assert not weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_memory(monkeypatch, dtype):
     """At most a quarter of F.linear with F.cross_entropy in fp32, where tokens are twice the width, as 8,192 and 4,096."""

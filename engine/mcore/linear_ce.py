@@ -122,19 +122,21 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 def _factor(grad, proportions):
-    """grad / proportions, one number (fp32 scalar); 0 where all proportions are. Raises RuntimeError where it is not one; on a GPU without
-    waiting for it, which ends the process."""
+    """grad / proportions, one number (fp32 scalar); 0 where all proportions are; nan where a gradient is not finite: the step guard, which
+    skips such an update and names its samples, is to see it. Raises RuntimeError where finite gradients are not one number times the
+    proportions; on a GPU without waiting for it, which ends the process."""
+    is_finite = grad.isfinite().all()
     largest = proportions.abs().argmax().view(1)
     of_largest = proportions.index_select(0, largest)
     factor = torch.where(of_largest == 0, 0.0, grad.index_select(0, largest) / of_largest).squeeze(0)
     expected = proportions * factor
-    is_so = ((grad - expected).abs() <= 1e-4 * (of_largest * factor).abs()).all()
+    is_so = ((grad - expected).abs() <= 1e-4 * (of_largest * factor).abs()).all() | ~is_finite
     message = "the loss of this stage is not what its `proportions` say: its gradient is not proportional to them (engine/stage.py)"
     if grad.is_cuda:
         torch._assert_async(is_so, message)
     elif not is_so:
         raise RuntimeError(message)
-    return factor
+    return torch.where(is_finite, factor, float("nan"))
 
 
 def _times(gradient, factor, dtype):

@@ -333,6 +333,8 @@ VARIED = {
     "gemma without caps": ("gemma", {"model": {"attention_softcap": 0.0}}),
     "moe-sinks": ("moe-sinks", {}),
     "dense sinks": ("window", {"model": {"attention_sinks": True, "activation": "clamped_swiglu", "swiglu_limit": 0.5}}),
+    "swiglu with biases": ("dense", {"model": {"linear_bias": True}}),
+    "geglu experts": ("moe-mixed", {"model": {"activation": "geglu"}}),
 }
 
 

@@ -93,6 +93,7 @@ SAVED = [
     (1, raw({**GQA, "qk_norm": True}, {}, {**TWO, "micro_batch": 1, "precision": "bf16"})),
     (1, raw(dict(family="gpt2", **SIZES), {}, TWO)),
     (1, raw(dict(family="gemma2", **SIZES, head_dim=16), {}, TWO)),
+    (1, raw(dict(family="gpt_oss", **SIZES, head_dim=16, sliding_window=32, rope_scaling=dict(kind="none"), moe=dict(num_experts=4, top_k=2)), {}, TWO)),
     (1, raw(LATENT, {}, TWO)),
     (1, raw(EXPERTS, {}, TWO)),
     (1, raw(GQA, {}, {**TWO, "recompute": "selective"})),

@@ -172,15 +172,34 @@ def test_rope_turns_pairs(rotated):
     assert same(again, apply_rope(view.contiguous(), freqs, config))
 
 
-def test_swiglu():
-    from engine.mcore.ops_torch import SwiGLU
+def swiglu(gate, up):
+    return gate / (1 + torch.exp(-gate)) * up
 
+
+def geglu(gate, up):
+    return gate / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def clamped_swiglu(gate, up):
+    gate, up = torch.minimum(gate, torch.tensor(0.75)), torch.minimum(torch.maximum(up, torch.tensor(-0.75)), torch.tensor(0.75))
+    return gate / (1 + torch.exp(-1.3 * gate)) * (up + 1)
+
+
+@pytest.mark.parametrize("formula", [swiglu, geglu, clamped_swiglu])
+def test_gate(formula):
+    from engine.mcore import gates
+
+    gate = {swiglu: gates.SwiGLU, geglu: gates.GeGLU, clamped_swiglu: lambda config: gates.ClampedSwiGLU(config, alpha=1.3, limit=0.75)}[formula](None)
     x = random(3, 2, 10).requires_grad_()
-    gate, up = x[..., :5], x[..., 5:]
-    swiglu = SwiGLU(None)
-    assert same(swiglu(x), gate / (1 + torch.exp(-gate)) * up)
-    assert torch.autograd.gradcheck(swiglu, (x,))
-    assert torch.autograd.gradcheck(swiglu, (random(10, 3).t().requires_grad_(),))
+    assert same(gate(x), formula(x[..., :5], x[..., 5:]))
+    with torch.no_grad():
+        assert gate(x).equal(gate(x.detach().requires_grad_()))
+    assert torch.autograd.gradcheck(gate, (x,))
+    assert torch.autograd.gradcheck(gate, (random(10, 3).t().requires_grad_(),))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gate(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])

@@ -35,8 +35,9 @@ from engine.rope import softmax_scale
 from engine.torch_only import reasons
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GELU = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"swiglu": F.silu, "geglu": GELU, "gelu": GELU, "relu": F.relu, "squared_relu": squared_relu, "silu": F.silu}
+# Of gates (gates.py) only what megatron checks and its fused kernels go by; of them geglu's is the tanh form too.
+ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "clamped_swiglu": F.silu, "gelu": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu,
+               "squared_relu": squared_relu, "silu": F.silu}
 
 
 def backend_of(run, device: str) -> str:
@@ -62,7 +63,9 @@ def backend_of(run, device: str) -> str:
 def transformer_config(run, device: str) -> TransformerConfig:
     """megatron's TransformerConfig for this run on this device."""
     model, p, train = run.model, run.parallel, run.train
-    on_te, is_clamped = backend_of(run, device) == "te", model.activation == "clamped_swiglu"
+    on_te = backend_of(run, device) == "te"
+    # megatron's kernels, which in experts weight their output too; it has none for a clamped gate of any steepness, nor for biases.
+    is_fused = on_te and not model.linear_bias and (model.activation == "swiglu" or model.activation == "geglu" and not model.moe.num_experts)
     dtype = DTYPES[train.precision]
     # FP8 parameters record the largest value they are given, so what they hold before init_weights must be finite.
     init = torch.nn.init.zeros_ if train.fp8.params else _leave
@@ -76,9 +79,7 @@ def transformer_config(run, device: str) -> TransformerConfig:
         kv_channels=model.head_size,
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
         layernorm_epsilon=model.norm_eps,
-        activation_func=functools.partial(_sigmoid_gate, model.swiglu_alpha) if is_clamped else ACTIVATIONS[model.activation],
-        activation_func_clamp_value=model.swiglu_limit if is_clamped else None,
-        glu_linear_offset=1.0 if is_clamped else 0.0,
+        activation_func=ACTIVATIONS[model.activation],
         gated_linear_unit=model.gated,
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
@@ -118,13 +119,13 @@ def transformer_config(run, device: str) -> TransformerConfig:
         deallocate_pipeline_outputs=device == "cuda",
         calculate_per_token_loss=True,  # DDP then sums gradients; run.py divides the loss by the global count beforehand
         deterministic_mode=run.run.deterministic,
-        bias_activation_fusion=on_te and model.activation == "swiglu" and not model.linear_bias,
+        bias_activation_fusion=is_fused,
         bias_dropout_fusion=on_te and not (model.moe.num_experts and model.linear_bias),  # grouped experts with biases refuse it
         apply_rope_fusion=on_te,
         masked_softmax_fusion=False,
         persist_layer_norm=on_te,
         gradient_accumulation_fusion=on_te,
-        use_te_activation_func=not on_te and model.activation == "swiglu",  # ops_torch.SwiGLU
+        use_te_activation_func=model.gated and not is_fused,  # gates.py
         tp_comm_overlap=p.tp_comm_overlap,
         **(dict(cuda_graph_impl="local", cuda_graph_scope=[]) if train.cuda_graphs and on_te else {}),  # [] is the whole layer
         **_recompute(train),
@@ -136,11 +137,6 @@ def transformer_config(run, device: str) -> TransformerConfig:
 def learns_further(model) -> bool:
     """Are there layers for further tokens, with a loss of their own?"""
     return model.mtp.num_learning > 0
-
-
-def _sigmoid_gate(alpha: float, x):
-    """What gpt-oss's gate g becomes: min(g, limit) * sigmoid(alpha min(g, limit)); times clamp(u, -limit, limit) + 1, which megatron does."""
-    return x * torch.sigmoid(alpha * x)
 
 
 def _chunks(pp_layers: list[int], num_further: int) -> list[list[str]] | None:

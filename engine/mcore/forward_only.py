@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.mcore.build import bare
 from engine.mcore.norms import NormedAdd
-from engine.mcore.ops_torch import RMSNorm, SwiGLU
+from engine.mcore.ops_torch import RMSNorm
 from engine.mcore.spec_torch import Attention, ExpertRow
 
 
@@ -90,13 +90,7 @@ class _RMSNorm(RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-class _SwiGLU(SwiGLU):
-    def forward(self, x):
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-
-_PLAIN = {ColumnParallelLinear: _Column, RowParallelLinear: _Row, ExpertRow: _Row, RMSNorm: _RMSNorm, SwiGLU: _SwiGLU}  # exactly these, none that derive from them
+_PLAIN = {ColumnParallelLinear: _Column, RowParallelLinear: _Row, ExpertRow: _Row, RMSNorm: _RMSNorm}  # exactly these, none that derive from them
 
 # What may be on while training, and what stands for off: of modules and dispatchers of experts, and of configurations.
 _OFF = {"sequence_parallel": False, "scatter_to_sequence_parallel": False, "reduce_scatter_embeddings": False, "drop_and_pad": False}

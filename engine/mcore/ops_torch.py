@@ -1,4 +1,4 @@
-"""Elementwise operations of the torch backend in few passes over memory: rotary embedding, the SwiGLU gate and RMSNorm.
+"""Elementwise operations of the torch backend in few passes over memory: rotary embedding and RMSNorm (gates.py has gates).
 
 Written as autograd functions because a CPU is limited by memory here: each saves what its backward needs and writes every
 result once. Under torch.compile the plain formulas are used instead, which the compiler fuses itself.
@@ -8,7 +8,6 @@ Left out: everything that a matrix product dominates.
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb as megatron_rope
-from megatron.core.transformer.module import MegatronModule
 
 
 def apply_rope(t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None):
@@ -49,35 +48,6 @@ def _rotate(t, cos, sin, out, sign: int):
     if t.size(-1) > 2 * r:
         out[..., 2 * r:] = t[..., 2 * r:]
     return out
-
-
-class SwiGLU(MegatronModule):
-    """silu(gate) * up for x = [gate, up] (arXiv 2002.05202); what megatron builds as an MLP's activation module."""
-
-    def forward(self, x):
-        """[..., 2 f] -> [..., f]"""
-        if torch.compiler.is_compiling():
-            gate, up = x.chunk(2, dim=-1)
-            return F.silu(gate) * up
-        return _SwiGLU.apply(x)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_x
 
 
 class RMSNorm(torch.nn.RMSNorm):

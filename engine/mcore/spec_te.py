@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from engine import torch_only
-from engine.mcore import norms
+from engine.mcore import gates, norms
 from engine.mcore.latent import LatentAttention, LatentSubmodules
 
 
@@ -60,7 +60,7 @@ def check(run) -> None:
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
-    dense, moe = (norms.placed(_layer_spec(config, model, num_experts), config, model, TENorm, TEColumnParallelLinear)
+    dense, moe = (gates.placed(norms.placed(_layer_spec(config, model, num_experts), config, model, TENorm, TEColumnParallelLinear), model)
                   for num_experts in (None, config.num_moe_experts))
     specs = [moe if is_moe else dense for is_moe in model.moe_layers]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)

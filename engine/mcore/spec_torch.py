@@ -33,16 +33,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
-from engine.mcore import attention_torch, masks, norms
+from engine.mcore import attention_torch, gates, masks, norms
 from engine.mcore.latent import LatentAttention, LatentSubmodules, Whole
-from engine.mcore.ops_torch import RMSNorm, SwiGLU, ZeroCentredRMSNorm, apply_rope
+from engine.mcore.ops_torch import RMSNorm, ZeroCentredRMSNorm, apply_rope
 
 megatron_attention.apply_rotary_pos_emb = apply_rope  # megatron offers no choice here; ours hands other cases back to it
 
 
 def block_spec(config, model, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pp rank (and model chunk) holds, dense or MoE as `model.moe_layers` says."""
-    dense, moe = (norms.placed(_layer_spec(config, model, num_experts), config, model, Norm, ColumnParallelLinear)
+    dense, moe = (gates.placed(norms.placed(_layer_spec(config, model, num_experts), config, model, Norm, ColumnParallelLinear), model)
                   for num_experts in (None, config.num_moe_experts))
     specs = [moe if is_moe else dense for is_moe in model.moe_layers]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
@@ -75,7 +75,7 @@ class TorchBackend(BackendSpecProvider):
         return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertRow)
 
     def activation_func(self):
-        return SwiGLU  # built only where the configuration says so (swiglu)
+        return None  # gates.placed says it
 
 
 BACKEND = TorchBackend()
@@ -103,8 +103,7 @@ def _layer_spec(config, model, num_experts) -> ModuleSpec:
             self_attention=_attention_spec(config, model),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=get_mlp_module_spec_for_backend(backend=BACKEND, num_experts=num_experts,
-                                                use_te_activation_func=config.use_te_activation_func),
+            mlp=get_mlp_module_spec_for_backend(backend=BACKEND, num_experts=num_experts),
             mlp_bda=get_bias_dropout_add,
             # The te backend fuses each norm into the linear layer behind it; same names make checkpoints interchangeable.
             sharded_state_dict_keys_map={

@@ -219,18 +219,11 @@ class Saved:
     def _gate(self, rows: int, width: int) -> int:
         """Between the two products of an MLP: the input of the activation, what it keeps besides, and the input of the second product."""
         second = rows * width * self.input_bytes
-        if self._is_gate_fused:
+        if self.model.gated:
             return 2 * rows * width * self.bytes + second
-        if self.model.gated:      # written out: the gate, the other factor, both parts of a product
-            return (5 if self.model.activation == "clamped_swiglu" else 4) * rows * width * self.bytes + second
         if self.model.activation == "relu":
             return second      # relu keeps its output
         return (2 if self.model.activation == "squared_relu" else 1) * rows * width * self.bytes + second
-
-    @property
-    def _is_gate_fused(self) -> bool:
-        """One operation from the first product's output to the second's input? te's takes no bias (build.py)."""
-        return self.model.activation == "swiglu" and not (self.backend == "te" and self.model.linear_bias)
 
     def _moe(self) -> int:
         model, moe, p = self.model, self.model.moe, self.run.parallel
@@ -243,8 +236,10 @@ class Saved:
         if moe.shared_expert_ffn_hidden_size:
             total += self._gate(self.tokens, moe.shared_expert_ffn_hidden_size // self.tp)
         rows, width = self.expert_rows, model.moe_ffn_hidden_size // p.expert_tp
-        # Tokens in the order of experts; in the experts the activation's output before it is weighted, and the weights.
-        weighted = 0 if self.backend == "te" and self._is_gate_fused else rows * width * self.bytes
+        # Tokens in the order of experts; in the experts the activation's output before it is weighted, and the weights. megatron's kernel
+        # for te, of SwiGLU without biases, weights it itself (build.py).
+        is_weighted = self.backend == "te" and model.activation == "swiglu" and not model.linear_bias
+        weighted = 0 if is_weighted else rows * width * self.bytes
         return total + rows * model.hidden_size * self.input_bytes + self._gate(rows, width) + weighted + rows * 4
 
     @cached_property

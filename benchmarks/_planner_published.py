@@ -18,6 +18,8 @@ from engine.planner.weights import spread
 MEGATRON = "Megatron-LM README, images/model_table.png"
 LLAMA3 = "arXiv 2407.21783, table 4"
 BRIDGE = "Megatron Bridge, docs/performance-summary-archive.md"
+MOE = "megatron-core, megatron/core/transformer/moe/README.md"
+NEMO = "NeMo 24.12 user guide, performance summary"
 DEEPSEEK = "arXiv 2412.19437, table 1 and sec. 3.2"
 
 
@@ -50,10 +52,24 @@ def _gpt(name, heads, hidden, layers, tp, pp, gpus, batch, rate, is_fitted=False
                is_fitted=is_fitted, micro_batches=(1, 2, 4), chunks=tuple(chunks))
 
 
+def _nemo(name, gpus, rate, model, parallel, batch, chunks=1, micro_batch=1, seq_len=8192) -> Row:
+    """Of its FP8 rows those without tp, and those whose recipes in NVIDIA's scripts overlap its traffic."""
+    parallel = {**parallel, "tp_comm_overlap": "tp" in parallel}
+    return Row(name, NEMO, gpus, rate, "tokens/s", model, parallel, dict(seq_len=seq_len, global_batch=batch, fp8=_FP8), chunks=(chunks,),
+               micro_batches=(micro_batch,))
+
+
+def _gpt3(layers, hidden, heads) -> dict:
+    return dict(family="gpt2", num_layers=layers, hidden_size=hidden, ffn_hidden_size=4 * hidden, num_attention_heads=heads, vocab_size=51200,
+                hidden_dropout=0.0, attention_dropout=0.0)
+
+
+_FP8 = {"recipe": "tensorwise"}
+_LLAMA2 = dict(family="llama", num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, vocab_size=32000)
+_LLAMA2_13B = _LLAMA2 | dict(num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40)
 _405B = dict(family="llama", size="llama3.1_8b", num_layers=126, hidden_size=16384, ffn_hidden_size=53248, num_attention_heads=128)
 # The first chunk had the embedding alone, the last one the output (sec. 3.3.2), so each of the others was one layer. The engine wants a layer in each.
 _OF_META = dict(chunks=(8,), layers=(0, *[1] * 126, 0))
-_FP8 = {"recipe": "tensorwise"}
 
 ROWS = [
     _gpt("1.7B", 16, 2048, 24, 1, 1, 48, 192, 408.8, True),
@@ -68,9 +84,19 @@ ROWS = [
     Row("Llama 3 405B", LLAMA3, 8192, 430, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), **_OF_META),
     Row("Llama 3 405B", LLAMA3, 16384, 400, "TFLOP/s", _405B, dict(tp=8, pp=16), dict(seq_len=8192, global_batch=2048), **_OF_META),
     Row("Llama 3 405B 128K", LLAMA3, 16384, 380, "TFLOP/s", _405B, dict(tp=8, pp=16, cp=16), dict(seq_len=131072, global_batch=128), **_OF_META),
-    Row("Llama 3 70B FP8", BRIDGE, 64, 1621, "tokens/s", dict(family="llama", size="llama3_70b"), dict(tp=4, pp=8, vpp=5),
+    Row("Llama 3 70B FP8", BRIDGE, 64, 1621, "tokens/s", dict(family="llama", size="llama3_70b"), dict(tp=4, pp=8, tp_comm_overlap=True),
         dict(seq_len=8192, global_batch=256, fp8=_FP8), is_fitted=True, chunks=(5,)),
-    Row("Llama 3.1 405B FP8", BRIDGE, 1024, 311, "tokens/s", _405B, dict(tp=8, pp=8, cp=2), dict(seq_len=8192, global_batch=1536, fp8=_FP8), chunks=(8,)),
+    Row("Llama 3.1 405B FP8", BRIDGE, 1024, 311, "tokens/s", _405B, dict(tp=8, pp=8, cp=2, tp_comm_overlap=True),
+        dict(seq_len=8192, global_batch=1536, fp8=_FP8), chunks=(8,)),
+    # Added after all constants had their values.
+    _nemo("GPT-3 5B FP8", 64, 23406, _gpt3(24, 4096, 32), {}, 2048, micro_batch=4, seq_len=2048),
+    _nemo("GPT-3 175B FP8", 128, 716, _gpt3(96, 12288, 96), dict(tp=4, pp=8), 256, 6, seq_len=2048),
+    _nemo("GPT-3 175B FP8", 512, 825, _gpt3(96, 12288, 96), dict(tp=4, pp=8), 2048, 6, micro_batch=2, seq_len=2048),
+    _nemo("Llama 2 7B FP8", 8, 16934, _LLAMA2, {}, 128, seq_len=4096),
+    _nemo("Llama 2 13B FP8", 16, 8715, _LLAMA2_13B, dict(pp=4), 128, 10, seq_len=4096),
+    _nemo("Llama 3 8B FP8", 8, 12273, dict(family="llama", size="llama3_8b"), dict(cp=2), 128),
+    _nemo("Llama 3 70B FP8", 64, 1524, dict(family="llama", size="llama3_70b"), dict(tp=4, pp=4, cp=2), 128, 5),
+    Row("Mixtral 8x7B", MOE, 64, 468, "TFLOP/s", dict(family="mixtral", size="8x7b"), dict(pp=4, ep=8), dict(seq_len=4096, global_batch=256), chunks=(8,)),
     Row("Qwen3 30B-A3B FP8", BRIDGE, 16, 5113, "tokens/s", dict(family="qwen3_moe", size="30b_a3b"), dict(pp=2, ep=8),
         dict(seq_len=4096, global_batch=1024, fp8=_FP8), is_fitted=True, chunks=(12,)),
     Row("gpt-oss 120B", BRIDGE, 64, 5993, "tokens/s", dict(family="gpt_oss", size="120b"), dict(pp=4, ep=8), dict(seq_len=4096, global_batch=1280)),
@@ -88,15 +114,15 @@ ROWS = [
 ]
 
 
-def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, precision_aware: bool = False) -> RunConfig:
-    """Without the engine's checks, which would ask for data."""
+def run_of(row: Row, micro_batch: int, vpp: int, recompute: str, is_lean: bool = False) -> RunConfig:
+    """Without the engine's checks, which would ask for data. is_lean: gradients and moments in bf16 and FP8 parameters, as NVIDIA's recipes have them."""
     family, size = row.model["family"], row.model.get("size", "custom")
     parallel = {"zero1": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "sequence_parallel": row.parallel.get("tp", 1) > 1}
     model = {**family_defaults(family, size), **row.model}
     run = RunConfig.model_validate({
         "run": {"dir": "unused"}, "model": model, "parallel": {**parallel, **row.parallel, "vpp": vpp},
-        "train": {"steps": 1, **row.train, "micro_batch": micro_batch, "recompute": recompute},
-        "optim": {"precision_aware": precision_aware}})
+        "train": {"steps": 1, **row.train, "micro_batch": micro_batch, "recompute": recompute, "fp8": {**row.train.get("fp8", {}), "params": is_lean and "fp8" in row.train}},
+        "optim": {"precision_aware": is_lean}})
     return placed(run, pp_layers=list(row.layers) or spread(run.model.num_layers, run.parallel.pp * vpp, run.model.mtp.num_learning))
 
 
@@ -107,10 +133,10 @@ def planned(row: Row) -> Plan:
     return min([plan for plan in plans if plan.fits] or plans, key=lambda plan: plan.time.total)
 
 
-def least_recomputation(row: Row, precision_aware: bool = False) -> str:
+def least_recomputation(row: Row, is_lean: bool = False) -> str:
     """none, selective or full: what lets some of the row's open choices fit into the engine's memory, or never."""
     cluster = make_cluster(row.gpu, row.gpus)
     for recompute in ("none", "selective", "full"):
-        if any(judge(run_of(row, micro_batch, vpp, recompute, precision_aware), cluster, "te").fits for micro_batch in row.micro_batches for vpp in row.chunks):
+        if any(judge(run_of(row, micro_batch, vpp, recompute, is_lean), cluster, "te").fits for micro_batch in row.micro_batches for vpp in row.chunks):
             return recompute
     return "never"

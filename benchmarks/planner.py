@@ -47,14 +47,18 @@ TINY = dict(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_head
 
 
 def published() -> None:
-    print("| run | GPUs | published | predicted | ratio | GiB | recomputation that fits here | the same with bf16 gradients and moments |\n"
+    print("| run | GPUs | published | predicted | ratio | GiB | recomputation that fits here | the same, lean |\n"
           "| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in published_runs.ROWS:
         plan = published_runs.planned(row)
         said = plan.tflops if row.unit == "TFLOP/s" else plan.tokens_per_gpu
-        needs = [published_runs.least_recomputation(row, precision_aware) for precision_aware in (False, True)]
-        print(f"| {row.name}{' (fitted)' * row.is_fitted} | {row.gpus} | {row.rate:.4g} {row.unit} | {said:.4g} | {said / row.rate:.2f} | "
+        needs = [published_runs.least_recomputation(row, is_lean) for is_lean in (False, True)]
+        print(f"| {row.name}{' (fitted)' * row.is_fitted} | {row.gpus} | {figure(row.rate)} {row.unit} | {figure(said)} | {said / row.rate:.2f} | "
               f"{plan.memory.total / GIB:.1f} | {needs[0]} | {needs[1]} |")
+
+
+def figure(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 1000 else f"{rate:.4g}"
 
 
 def several(gpu: str, steps: int, is_tiny: bool) -> int:

@@ -1,6 +1,6 @@
 """How well hardware is used, and what it takes for itself: the few numbers of the planner that are no arithmetic.
 
-FITTED were fitted by hand to four published rows, which docs/planner.md names; the rows beside them there were predicted. ASSUMED come from the source
+FITTED were fitted to five published rows, which docs/planner.md marks; the rows beside them there were predicted. ASSUMED come from the source
 given or from common experience, and were not measured with this engine: benchmarks/planner.py compares them with a real run.
 """
 
@@ -8,14 +8,14 @@ GIB = 2**30
 
 # FITTED
 GEMM_SHARE = 0.66          # of the peak, by a large bf16 product on a GPU that keeps to its power limit
-FP8_SHARE = 0.82           # the same of the FP8 peak, conversions included
+FP8_SHARE = 0.68           # the same of the FP8 peak, conversions included
+GEMM_RAMP_K = 512          # a product whose smallest dim is this long runs at half speed
 STRAGGLER_SHARE = 0.01     # of a step, for each doubling of nodes beyond the first: the slowest GPU, and the network's bad moments
 KERNELS_OF_DISPATCH = 150  # forward, of a MoE layer's router and dispatcher
 FP8_KERNELS_PER_EXPERT = 24    # forward, of each expert on a rank whose products are FP8: two products, and inputs quantized one expert at a time
 
 # ASSUMED: speed
 FP32_SHARE = 1 / 15        # of the bf16 rate, by fp32 products: torch does not take TF32 unasked (H100 data sheet: 67 of 989 TFLOP/s)
-GEMM_RAMP_K = 512           # a product whose inner dim is this long runs at half speed
 ATTENTION_SHARE = 0.45     # of the peak, forward and backward together (FlashAttention-3, arXiv 2407.08608: 75% forward, less backward)
 TORCH_ATTENTION_SHARE = 0.35   # FlashAttention-2 in torch (arXiv 2307.08691), on Hopper
 MEMORY_SHARE = 0.6         # of memory bandwidth, by elementwise kernels

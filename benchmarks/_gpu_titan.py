@@ -71,7 +71,8 @@ def trainer_of(sizes: dict, attention: str = "flex", fp8: bool = False, low_mome
         model_spec=spec, optimizer=optimizer, activation_checkpoint=None, tokenizer=NoTokenizer.Config(), dataloader=NoData.Config(),
         dump_folder=folder.name, metrics=MetricsProcessor.Config(log_freq=1 << 30),
         loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=sizes["vocab"])), compile=CompileConfig(enable=compile),
-        training=TrainingConfig(local_batch_size=sizes["batch"], seq_len=sizes["seq"], mixed_precision_param=dtype)))
+        training=TrainingConfig(local_batch_size=sizes["batch"], global_batch_size=sizes["batch"] * sizes.get("micro_batches", 1), seq_len=sizes["seq"],
+                                mixed_precision_param=dtype)))
     trainer.folder = folder  # which goes with it
     return trainer
 

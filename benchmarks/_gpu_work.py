@@ -24,6 +24,12 @@ def text(sizes: dict, i: int, device: str = ""):
     return torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["seq"] + 1), generator=generator).to(device or sizes["device"])
 
 
+def batches(sizes: dict, i: int, device: str = "") -> list:
+    """The tokens of each micro-batch of step i."""
+    num = sizes.get("micro_batches", 1)
+    return [text(sizes, i * num + j, device) for j in range(num)]
+
+
 def run_of(sizes: dict, **sections):
     """A RunConfig of these sizes."""
     from engine.config import validate
@@ -32,11 +38,16 @@ def run_of(sizes: dict, **sections):
              "num_attention_heads": sizes["heads"], "num_query_groups": sizes.get("groups", 0), "vocab_size": sizes["vocab"],
              "tie_embeddings": sizes.get("tied", False), "activation": "swiglu" if sizes.get("gated", True) else "gelu", **sizes.get("model", {})}
     raw = {"run": {"dir": "unused", "device": sizes["device"]}, "model": model, "data": {"train": ["unused"]},
-           "train": {"seq_len": sizes["seq"], "micro_batch": sizes["batch"], "global_batch": sizes["batch"], "steps": 1, "precision": BF16},
+           "train": {"seq_len": sizes["seq"], "micro_batch": sizes["batch"], "global_batch": samples(sizes), "steps": 1, "precision": BF16},
            "parallel": {"zero1": True}}
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section}
     return validate(raw)
+
+
+def samples(sizes: dict) -> int:
+    """Of one step."""
+    return sizes["batch"] * sizes.get("micro_batches", 1)
 
 
 def network(run, role=None):
@@ -65,16 +76,16 @@ def ours(sizes: dict, **sections):
     loss_mask, positions = torch.ones(sizes["batch"], sizes["seq"]), torch.arange(sizes["seq"]).expand(sizes["batch"], -1)
 
     def step(i):
-        tokens = text(sizes, i, "cpu")  # as a loader hands it over: what is asked of a batch is asked on the host
-        model.forward_backward([dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=loss_mask, position_ids=positions)])
+        model.forward_backward([dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=loss_mask, position_ids=positions)
+                                for tokens in batches(sizes, i, "cpu")])  # as a loader hands them over: what is asked of a batch is asked on the host
         model.step(LR)
 
-    return step, metrics.step_flops(run.model, sizes["seq"], sizes["batch"])
+    return step, metrics.step_flops(run.model, sizes["seq"], samples(sizes))
 
 
-def megatron(sizes: dict):
+def megatron(sizes: dict, fp8: str = ""):
     """megatron-core as Megatron-LM sets it up: its own layer spec (Transformer Engine's on a GPU), DDP, distributed optimizer, fused loss. Where
-    Megatron-LM has apex the output layer's weight gradient is added in its product too; here it is added afterwards, as ours is."""
+    Megatron-LM has apex the output layer's weight gradient is added in its product too; here it is added afterwards, as ours is. fp8: a recipe of TE."""
     import engine.mcore  # noqa: F401 (prepares megatron's import on a machine without a GPU)
     import torch
     import torch.distributed as dist
@@ -90,7 +101,7 @@ def megatron(sizes: dict):
     from engine import metrics
 
     on_gpu = sizes["device"] == "cuda"
-    if on_gpu and engine.mcore.te_problem:
+    if (on_gpu or fp8) and engine.mcore.te_problem:
         raise ImportError(engine.mcore.te_problem)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -102,7 +113,8 @@ def megatron(sizes: dict):
         activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, bf16=True, params_dtype=torch.bfloat16, bias_dropout_fusion=on_gpu,
         bias_activation_fusion=on_gpu and gated, apply_rope_fusion=on_gpu, masked_softmax_fusion=False, persist_layer_norm=on_gpu,
-        gradient_accumulation_fusion=on_gpu, cross_entropy_loss_fusion=on_gpu, cross_entropy_fusion_impl="te" if on_gpu else "native")
+        gradient_accumulation_fusion=on_gpu, cross_entropy_loss_fusion=on_gpu, cross_entropy_fusion_impl="te" if on_gpu else "native",
+        **(dict(fp8="hybrid", fp8_recipe=fp8) if fp8 else {}))
     spec = get_gpt_layer_with_transformer_engine_spec() if on_gpu else get_gpt_layer_local_spec(normalization="RMSNorm")
     layers._grad_accum_fusion_available = on_gpu  # the output layer would ask for apex when it is built; see spec_te.py
     bare = GPTModel(config, spec, sizes["vocab"], sizes["seq"], position_embedding_type="rope", share_embeddings_and_output_weights=False)
@@ -126,11 +138,11 @@ def megatron(sizes: dict):
     def step(i):
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        get_forward_backward_func()(forward_step_func=forward, data_iterator=iter([text(sizes, i)]), model=model, num_microbatches=1,
-                                    seq_length=sizes["seq"], micro_batch_size=sizes["batch"], forward_only=False)
+        get_forward_backward_func()(forward_step_func=forward, data_iterator=iter(batches(sizes, i)), model=model, seq_length=sizes["seq"],
+                                    num_microbatches=sizes.get("micro_batches", 1), micro_batch_size=sizes["batch"], forward_only=False)
         optimizer.step()
 
-    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], sizes["batch"])
+    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], samples(sizes))
 
 
 def torchtitan(sizes: dict, **options):
@@ -145,9 +157,9 @@ def torchtitan(sizes: dict, **options):
     def step(i):
         trainer.step = i + 2  # it logs the first
         trainer.gc_handler.run(trainer.step)
-        trainer.train_step(iter([batch_of(text(sizes, i, "cpu"))]))
+        trainer.train_step(iter([batch_of(tokens) for tokens in batches(sizes, i, "cpu")]))
 
-    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], sizes["batch"])
+    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], samples(sizes))
 
 
 def torchao_llama(sizes: dict):
@@ -206,13 +218,14 @@ def torchao_llama(sizes: dict):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(i):
-        tokens = text(sizes, i)
-        loss_of(model(tokens[:, :-1], turns).flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+        for tokens in batches(sizes, i):
+            loss = loss_of(model(tokens[:, :-1], turns).flatten(0, 1).float(), tokens[:, 1:].flatten())
+            (loss / sizes.get("micro_batches", 1)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], sizes["batch"])
+    return step, metrics.step_flops(run_of(sizes).model, sizes["seq"], samples(sizes))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------

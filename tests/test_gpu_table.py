@@ -34,7 +34,7 @@ MISSING = [name for name in ("torchtitan", "triton") if find_spec(name) is None]
 @pytest.mark.parametrize("more", [{"tied": True, "groups": 2}, {}], ids=["tied, grouped", "plain"])
 def test_torchtitan_does_the_engines_work(more):
     """With equal weights and tokens the same loss and gradient norm, but for fp32 rounding, from as many parameters: the same FLOPs."""
-    sizes = {**gpu_table.TINY, "device": "cpu", **more}
+    sizes = {**gpu_table.TINY, "device": "cpu", "micro_batches": 2, **more}
     done = subprocess.run([sys.executable, "tests/titan_probe.py", json.dumps(sizes)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -51,7 +51,7 @@ def test_a_row_whose_peer_is_not_installed_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| llama_1b_2048")]
     told = "No module named 'torchtitan'; benchmarks/peers.txt names what to install"
-    assert rows[1:] == [f"| llama_1b_2048 | {label} | {told} | | | | |" for label in ("torchtitan", "torchtitan, SDPA")]
+    assert rows[1:] == [f"| llama_1b_2048 | {label} | {told} | | | |  | |" for label in ("torchtitan", "torchtitan, SDPA")]
 
 
 def test_the_peers_agree_with_what_the_tree_was_tried_with():
@@ -74,11 +74,26 @@ def test_the_one_command_says_what_it_does_and_does_nothing_by_mistake(tmp_path)
 
 
 def test_a_row_is_told_by_medians_and_a_missing_library_by_name():
-    row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {}), "other": ("torchtitan", {})}, "at least 2x")
+    row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {}), "other": ("torchtitan", {})}, gpu_table.Goal({"theirs": 2}))
     found = {"ours": {"seconds": [0.1, 0.2, 0.9], "flops": 4e12, "peak_gib": 3.0, "above_gib": 1.0},
              "theirs": {"seconds": [0.5, 0.4, 0.3], "flops": 4e12, "peak_gib": 5.0, "above_gib": 2.0}, "other": {"missing": "No module named 'other'"}}
-    assert gpu_table.lines_of(row, found) == ["| work | ours | 200.00 | 20.0 | 3.00 |  | at least 2x |", "| work | theirs | 400.00 | 10.0 | 5.00 | 2.00 |  |",
-                                              "| work | other | No module named 'other' | | | | |"]
+    assert gpu_table.lines_of(row, found) == ["| work | ours | 200.00 | 20.0 | 3.00 |  | at least 2.00x theirs | **met** |",
+                                              "| work | theirs | 400.00 | 10.0 | 5.00 | 2.00 |  |  |", "| work | other | No module named 'other' | | | |  | |"]
+
+
+@pytest.mark.parametrize("goal, verdict", [
+    (dict(), ""),
+    (dict(tflops=20), "**met**"),
+    (dict(tflops=20.1), "**missed**: 20.0 TFLOP/s"),
+    (dict(speed={"theirs": 2.0}), "**met**"),
+    (dict(speed={"theirs": 2.1}, tflops=30), "**missed**: 20.0 TFLOP/s, 2.00x theirs"),
+    (dict(memory={"theirs": 0.6}), "**met**"),
+    (dict(memory={"theirs": 0.5}), "**missed**: 0.60x the memory of theirs"),
+    (dict(speed={"theirs": 2.0, "other": 1.0}), "open: no figure of other"),
+    (dict(speed={"theirs": 3.0, "other": 1.0}), "**missed**: 2.00x theirs"),
+])
+def test_a_goal_is_told_to_be_met_or_not(goal, verdict):
+    assert gpu_table.Goal(**goal).verdict({"ours": 0.2, "theirs": 0.4}, 4e12, {"ours": 3.0, "theirs": 5.0}) == verdict
 
 
 def test_an_unknown_row_is_refused():
@@ -87,7 +102,7 @@ def test_an_unknown_row_is_refused():
 
 
 def test_a_contestant_that_fails_is_told_and_counted(monkeypatch, capsys):
-    row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {})}, "at least 2x")
+    row = gpu_table.Row("work", {}, {"ours": ("ours", {}), "theirs": ("megatron", {})}, gpu_table.Goal())
     monkeypatch.setattr(gpu_table, "ROWS", [row])
     monkeypatch.setattr(gpu_table, "machine", lambda device: "a machine")
     monkeypatch.setattr(gpu_table, "measured", lambda row, arguments: {"ours": {"failed": "OutOfMemoryError"}, "theirs": {"missing": "no library"}})

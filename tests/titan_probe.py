@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from _gpu_titan import batch_of, trainer_of  # noqa: E402
-from _gpu_work import LR, network, run_of, text  # noqa: E402
+from _gpu_work import LR, batches, network, run_of  # noqa: E402
 
 
 def compared(sizes: dict) -> dict:
@@ -23,12 +23,13 @@ def compared(sizes: dict) -> dict:
     theirs, found = trainer.model_parts[0], {}
     load(trainer, theirs, run, ours)
 
-    tokens = text(sizes, 0)
-    given, labels = batch_of(tokens)
-    loss = trainer.forward_backward_step(input_dict=given, labels=labels, global_valid_tokens=torch.tensor(labels.numel()))
-    positions = given["positions"]
-    result = ours.forward_backward([dict(tokens=tokens[:, :-1], labels=labels, loss_mask=torch.ones(labels.shape), position_ids=positions)])
-    found["loss"] = [result.loss, loss.item()]
+    loss, micro_batches = 0.0, []
+    for tokens in batches(sizes, 0):
+        given, labels = batch_of(tokens)
+        num = torch.tensor(labels.numel() * trainer.gradient_accumulation_steps)
+        loss += trainer.forward_backward_step(input_dict=given, labels=labels, global_valid_tokens=num).item()
+        micro_batches.append(dict(tokens=tokens[:, :-1], labels=labels, loss_mask=torch.ones(labels.shape), position_ids=given["positions"]))
+    found["loss"] = [ours.forward_backward(micro_batches).loss, loss]
     squares = sum(parameter.grad.full_tensor().double().square().sum() for parameter in theirs.parameters())
     found["gradient norm"] = [ours.step(LR), squares.sqrt().item()]
     found["parameters"] = [sum(parameter.numel() for parameter in network.parameters()) for network in (ours.chunks[0], theirs)]

@@ -288,6 +288,8 @@ def torchs_loss(sizes: dict):
     import torch
     import torch.nn.functional as F
 
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
     hidden, weight, labels = _loss_inputs(sizes)
     options = torch.nn.LinearCrossEntropyOptions()
 

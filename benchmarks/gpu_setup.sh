@@ -116,6 +116,7 @@ END
     # Not --system-site-packages: an interpreter that is a venv itself would lend those of the Python below it.
     "$host" -c "import site, sysconfig; print(*dict.fromkeys([sysconfig.get_paths()['purelib'], *site.getsitepackages()]), sep='\n')" \
         >"$("$python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/host.pth"
+    lend_libraries "$host" "$python"
     local pip=("$python" -m pip --disable-pip-version-check install -q --no-index --no-deps)
     mapfile -t found < <(ls "$wheels"/*.whl | { [ $with_te = yes ] && cat || grep -v '/transformer_engine'; })
     "${pip[@]}" --ignore-installed "${found[@]}"
@@ -124,13 +125,23 @@ END
     "$python" launch/doctor.py --folder "$folder" || true # it says what is still missing; benchmarks/gpu.sh counts it
 }
 
+# Transformer Engine looks for cuDNN and its like beside itself, where a torch from wheels has them beside it.
+lend_libraries() { # HOST PYTHON
+    local own lent
+    own=$("$2" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/nvidia
+    "$1" -c "import glob, sys; print(*(p for s in sys.path for p in glob.glob(s + '/nvidia/*/')), sep='\n')" | while read -r lent; do
+        [ -z "$lent" ] || { mkdir -p "$own" && ln -sfn "${lent%/}" "$own/$(basename "$lent")"; }
+    done
+}
+
 te_torch() {
     local python=$1 pip=("${@:2}")
     if ! ls "$folder"/built/*.whl >/dev/null 2>&1; then
         # Headers of cuDNN and NCCL that come in wheels beside torch; those of the CUDA toolkit it finds by itself.
         CPATH=$("$python" -c "import glob, sys; print(':'.join(p for s in sys.path for p in glob.glob(s + '/nvidia/*/include')))")${CPATH:+:$CPATH}
         export CPATH
-        NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS=$(nproc) "$python" -m pip --disable-pip-version-check wheel \
+        # ninja, without which torch compiles one file after another, is in the same venv.
+        PATH=$VENV/bin:$PATH NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS=$(nproc) "$python" -m pip --disable-pip-version-check wheel \
             --no-index --no-deps --no-build-isolation --wheel-dir "$folder/built" "$folder"/wheels/transformer_engine_torch-*.tar.gz
     fi
     "${pip[@]}" "$folder"/built/*.whl

@@ -135,9 +135,14 @@ def compare(path: str, overrides: list[str], gpu: str, steps: int, found: str) -
     run = load_config(path, overrides, world_size)
     place = topology.start(run)
     is_cpu, rows, planned_to_fit, fitted = place.device == "cpu", [], True, True
+    try:
+        backend = build.backend_of(run, place.device)
+    except ValueError as error:
+        print(f"  not run: {error}")
+        return 1
     if not is_cpu:
         kind, room = gpu or kind_of(torch.cuda.get_device_name()), torch.cuda.mem_get_info()[1] / GIB
-        cluster, backend = make_cluster(kind, world_size, memory_gib=room), build.backend_of(run, place.device)
+        cluster = make_cluster(kind, world_size, memory_gib=room)
         planned_to_fit = judge(run, cluster, backend).fits
     try:
         network = ParallelModel(run, place, build_stage("pretrain"), "policy")

@@ -408,6 +408,7 @@ def _cuda_graphs(run):
         f"model.hidden_dropout({model.hidden_dropout:g}): validation would replay it": model.hidden_dropout > 0,
         f"model.attention_dropout({model.attention_dropout:g}): validation would replay it": model.attention_dropout > 0,
         f"lora.rank({run.lora.rank}), whose layers are torch's": run.lora.rank > 0,
+        f"model.rope_local_theta({model.rope_local_theta:g}): layers that turn by other angles are not recorded": model.rope_local_theta > 0,
         f"model.mtp.loss_weight({model.mtp.loss_weight:g}), whose layers run once more": model.mtp.num_learning > 0,
     }
     for reason in (reason for reason, is_so in reasons.items() if is_so):

@@ -174,7 +174,8 @@ class Torch(Profile):
         """Seconds in which the GPU computed or sent at all; 0 on a CPU."""
         from torch.autograd import DeviceType
 
-        spans = sorted((event.time_range.start, event.time_range.end) for event in self._profiler.events() if event.device_type == DeviceType.CUDA)
+        spans = sorted((event.time_range.start, event.time_range.end) for event in self._profiler.events()
+                       if event.device_type == DeviceType.CUDA and not event.is_user_annotation)      # a phase's mark spans what is idle in it too
         return union(spans) / 1e6
 
 
@@ -195,27 +196,34 @@ def kind_of(name: str) -> str:
 
 def summary(averages, busy: float, phases: dict[str, float], seconds: float, num_steps: int, device: str, title: str) -> str:
     """The text of a summary. averages: torch's key_averages(); busy: seconds in which a GPU worked; seconds: of all the steps together."""
-    operations = [(event.key, _self_seconds(event, device), event.count, _kept(event, device))
-                  for event in averages if event.key not in phases and not event.is_user_annotation and not event.key.startswith("ProfilerStep")]
+    averages = [event for event in averages if event.key not in phases and not event.is_user_annotation and not event.key.startswith("ProfilerStep")]
+    # Of a GPU the kernels: the operations that start them carry their time once more.
+    operations = [(event.key, _self_seconds(event, device), event.count) for event in averages if event.device_type.name == device.upper()]
     operations = sorted((entry for entry in operations if entry[1] > 0), key=lambda entry: -entry[1])
     kinds = Counter()
-    for name, own, *_ in operations:
+    for name, own, _ in operations:
         kinds[kind_of(name)] += own
     rest, called = (seconds - busy, "idle") if device == "cuda" else (seconds - sum(kinds.values()), "Python, and waiting for other ranks")
     kinds[called] = max(rest, 0.0)
-    has_memory = any(kept for *_, kept in operations)
     lines = [f"{title}: {1000 * seconds / num_steps:.1f} ms per step", "", f"{'phase':44}{'ms per step':>12}{'share':>9}"]
     lines += [_row(name, spent, seconds, num_steps) for name, spent in sorted(phases.items(), key=lambda item: -item[1])]
     lines += ["", f"{'work of the ' + ('GPU' if device == 'cuda' else 'CPU'):44}{'ms per step':>12}{'share':>9}"]
     lines += [_row(kind, spent, seconds, num_steps) for kind, spent in kinds.most_common()]
-    lines += ["", f"{'operation, without those it calls':44}{'ms per step':>12}{'share':>9}{'calls':>9}" + (f"{'MiB kept':>11}" if has_memory else "")]
-    lines += [_row(name, own, seconds, num_steps) + f"{count / num_steps:9.0f}" + (f"{kept / 2**20 / num_steps:11.1f}" if has_memory else "")
-              for name, own, count, kept in operations[:NUM_OPERATIONS]]
+    lines += ["", f"{'kernel' if device == 'cuda' else 'operation, without those it calls':44}{'ms per step':>12}{'share':>9}{'calls':>9}"]
+    lines += [_row(name, own, seconds, num_steps) + f"{count / num_steps:9.0f}" for name, own, count in operations[:NUM_OPERATIONS]]
+    kept = sorted(((event.key, _kept(event, device)) for event in averages), key=lambda entry: -entry[1])
+    if kept and kept[0][1] > 0:
+        lines += ["", f"{'operation, without those it calls':44}{'MiB kept':>12}"]
+        lines += [f"{_short(name):44}{size / 2**20 / num_steps:12.1f}" for name, size in kept[:NUM_OPERATIONS] if size > 0]
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, spent: float, seconds: float, num_steps: int) -> str:
-    return f"{name if len(name) < 44 else name[:40] + '...':44}{1000 * spent / num_steps:12.2f}{100 * spent / seconds:8.1f}%"
+    return f"{_short(name):44}{1000 * spent / num_steps:12.2f}{100 * spent / seconds:8.1f}%"
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 44 else name[:40] + "..."
 
 
 def _self_seconds(event, device: str) -> float:

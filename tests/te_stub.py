@@ -9,6 +9,7 @@ It must be in sys.modules before megatron is imported, hence the process of its 
 
 import json
 import os
+import pickle
 import sys
 import tempfile
 import types
@@ -419,6 +420,7 @@ def main() -> None:
     found["formats"] = sorted(set(DotProductAttention.calls))
     found["layers"] = layer_classes(network("moe-mixed", "te"))
     found["latent layers"] = layer_classes(network("latent-moe", "te"))
+    found["fp8 state"] = fp8_state()
     found["split over tp"] = split_over_tp(network("latent-moe", "te")) + split_over_tp(network("moe-sinks", "te"))
     zero1, low = ({**sections, "train": {**sections["train"], "backend": "te"}} for sections in (zero1, low))
     found["moved"] = {
@@ -437,6 +439,22 @@ def answers(model: str, backend: str, /, **sections) -> list[list[float]]:
 
     drawn = network(model, backend, **sections).generate([[3, 1, 4, 1, 5], [2, 7]], Sampling(max_new_tokens=6, temperature=0.0))
     return [answer.logps for answer in drawn]
+
+
+def fp8_state() -> list:
+    """[What grouped experts save of a recipe without scales, is megatron's own recipe of delayed scaling still there when a state has been read]."""
+    from engine.mcore import safe_load
+    from megatron.core.extensions.transformer_engine import TEDelayedScaling, TEGroupedLinear
+
+    layer = types.SimpleNamespace(fp8_meta={"fp8_checkpoint": True, "recipe": None}, fp8=True, fp8_calibration=False, num_gemms=3)
+    layer._decode_extra_state = types.MethodType(TEGroupedLinear._decode_extra_state, layer)
+    parts = TEGroupedLinear._split_extra_state(layer, torch.empty(0, dtype=torch.uint8))
+    recipe = object.__new__(TEDelayedScaling)
+    recipe.margin = 3
+    safe_load.te_problem = ""
+    written = torch.frombuffer(bytearray(pickle.dumps({"recipe": recipe})), dtype=torch.uint8)
+    found = pickle.loads(safe_load.clean_fp8_state(written).numpy().tobytes())["recipe"]
+    return [[part.numel() for part in parts], type(found) is TEDelayedScaling and found.margin == 3]
 
 
 def split_over_tp(model) -> list[str]:

@@ -63,6 +63,7 @@ GRAPHS = [
     (["model.hidden_dropout=0.1"], "model.hidden_dropout(0.1): validation would replay it"),
     (["model.attention_dropout=0.1"], "model.attention_dropout(0.1): validation would replay it"),
     (["lora.rank=8"], "lora.rank(8), whose layers are torch's"),
+    (["model.sliding_window=8", "model.rope_local_theta=100"], "model.rope_local_theta(100): layers that turn by other angles are not recorded"),
     (["model.mtp={num_layers: 1}"], "model.mtp.loss_weight(0.3), whose layers run once more"),
     (MOE, "model.moe.num_experts(8): how many tokens an expert gets differs from step to step"),
     (["stage=long_context", "checkpoint.load=x", "data.valid.v=[x]", "train.eval_samples=4",

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 from training import merged, on_ranks, small_run, write_corpus
 
 from engine import profiling
@@ -69,9 +70,14 @@ def test_kinds_of_work(name, kind):
 
 
 def test_a_gpu_that_waits_is_idle():
-    event = SimpleNamespace(key="nvjet_gemm", is_user_annotation=False, count=4, self_device_time_total=6e5, self_cpu_time_total=9e5,
-                            self_device_memory_usage=0, self_cpu_memory_usage=0)
-    text = profiling.summary([event], 0.6, {"optimizer": 0.1}, 1.0, 2, "cuda", "rank 0, steps 3 to 4")
+    """As torch tells it: the operation carries its kernels' time, and the kernels are told once more."""
+    def event(key, device, **more):
+        return SimpleNamespace(**{**dict(key=key, device_type=device, is_user_annotation=False, count=4, self_device_time_total=6e5, self_cpu_time_total=9e5,
+                                         self_device_memory_usage=0, self_cpu_memory_usage=0), **more})
+
+    events = [event("nvjet_gemm", DeviceType.CUDA), event("aten::mm", DeviceType.CPU, self_device_memory_usage=2**21)]
+    text = profiling.summary(events, 0.6, {"optimizer": 0.1}, 1.0, 2, "cuda", "rank 0, steps 3 to 4")
+    rows = [line.split() for line in text.splitlines()]
     assert text.splitlines()[0] == "rank 0, steps 3 to 4: 500.0 ms per step"
-    idle = next(line for line in text.splitlines() if line.startswith("idle"))
-    assert idle.split() == ["idle", "200.00", "40.0%"]
+    assert ["idle", "200.00", "40.0%"] in rows and ["matrix", "products", "300.00", "60.0%"] in rows
+    assert ["nvjet_gemm", "300.00", "60.0%", "2"] in rows and ["aten::mm", "1.0"] in rows

@@ -101,6 +101,18 @@ def test_what_is_whole_on_every_tp_rank_counts_once_in_the_norm_and_what_is_spli
                                      "core_attention.softmax_offset", "linear_proj.weight", "linear_qkv.bias", "linear_qkv.weight"]
 
 
+def test_fp8_states_are_saved_and_read(runs):
+    assert runs["fp8 state"] == [[0, 0, 0], True]
+
+
+def test_megatron_is_whole_on_a_gpu_without_transformer_engine():
+    """Its mixtures name a function that is then missing. Told that there is a GPU, the package prepares the import that a GPU process gets."""
+    code = ("import torch; torch.cuda.is_available = lambda: True\nimport engine.mcore\n"
+            "from megatron.core.transformer.moe import moe_utils\nprint(engine.mcore.te_problem, moe_utils.te_general_gemm)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "Transformer Engine is not installed None\n", done.stderr[-2000:]
+
+
 # --- documents end to end ------------------------------------------------------------------------------------------------
 
 

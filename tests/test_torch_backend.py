@@ -202,6 +202,17 @@ def test_gate(formula):
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
+def test_norm_of_heads_whose_gradient_comes_in_another_order():
+    """As attention hands it back where nothing lies between it and the norm: [s, b, heads, d] that lies as [b, heads, s, d]."""
+    from engine.mcore.ops_torch import RMSNorm
+
+    norm, (x, grad) = RMSNorm(6, eps=1e-5), (random(*shape, dtype=torch.float32) for shape in ((5, 2, 4, 6), (2, 4, 5, 6)))
+    x, grad = x.requires_grad_(), grad.permute(2, 0, 1, 3)
+    found = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    for ours, theirs in zip(found, torch.autograd.grad(norm(x), (x, norm.weight), grad.contiguous())):
+        assert same(ours, theirs, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_norm(kind, dtype):

@@ -50,3 +50,8 @@ if torch.cuda.is_available():
 else:
     te_problem = "there is no GPU"
     cpu.install()
+
+from megatron.core.transformer.moe import moe_utils  # noqa: E402 (only now can it be imported)
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # undefined upstream when Transformer Engine is missing

@@ -138,12 +138,9 @@ def _type_names() -> None:
 def _megatron() -> None:
     with _uncompiled():
         import megatron.core.tensor_parallel.random as random
-        from megatron.core.transformer.moe import moe_utils
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # undefined upstream when Transformer Engine is missing
     _gloo_split_sizes()
     _gloo_uneven()
 

@@ -84,5 +84,5 @@ class _RMSNorm(torch.autograd.Function):
         scaled = torch.mul(grad, weight.float())
         along = torch.linalg.vecdot(scaled, unit).unsqueeze(-1).div_(x.size(-1))
         is_frozen = not ctx.needs_input_grad[1]
-        grad_weight = None if is_frozen else torch.mul(grad, unit).view(-1, x.size(-1)).sum(0).to(weight.dtype)
+        grad_weight = None if is_frozen else torch.mul(grad, unit).flatten(0, -2).sum(0).to(weight.dtype)
         return scaled.addcmul_(unit, along, value=-1).mul_(rstd).to(x.dtype), grad_weight, None

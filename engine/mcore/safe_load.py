@@ -86,7 +86,8 @@ def clean_fp8_state(state: torch.Tensor | None) -> torch.Tensor | None:
 class _Scales(pickle.Unpickler):
     """Unpickles the FP8 state of a layer: tensors, numbers, and the recipe that they are of; raises UnpicklingError for any other name."""
 
-    ALLOWED = {"torch._utils": ("_rebuild_tensor_v2",), "collections": ("OrderedDict",), "torch": ("Size", "device"), "builtins": ("set",)}
+    ALLOWED = {"torch._utils": ("_rebuild_tensor_v2",), "collections": ("OrderedDict",), "torch": ("Size", "device"), "builtins": ("set",),
+               "megatron.core.extensions.transformer_engine": ("TEDelayedScaling",)}      # a recipe too
     RECIPES = "transformer_engine.common.recipe"
 
     def find_class(self, module: str, name: str):

@@ -56,7 +56,7 @@ def _filtered(z, sampling):
         floor = best[:, -1:]
     if sampling.top_p < 1:
         best = z.sort(descending=True).values if best is None else best
-        before = best.double().softmax(1).cumsum(1).roll(1, 1)
+        before = _cumulative(best.double().softmax(1)).roll(1, 1)
         before[:, 0] = 0.0  # what was reached without this token
         num_kept = (before < sampling.top_p).sum(1, keepdim=True)
         floor = best.gather(1, num_kept - 1)
@@ -67,10 +67,14 @@ def _filtered(z, sampling):
 
 def _drawn(z, randoms: np.ndarray):
     """The token of each row at which the cumulative probability passes its random number."""
-    device = z.device
-    if torch.are_deterministic_algorithms_enabled():
-        z = z.cpu()  # torch counts a cumulative sum on a GPU among what is not deterministic, and refuses it
-    cumulative = (z.double() - z.amax(1, keepdim=True)).exp_().cumsum(1)
+    cumulative = _cumulative((z.double() - z.amax(1, keepdim=True)).exp_())
     targets = torch.from_numpy(randoms).to(z.device)[:, None] * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    return places.clamp(max=z.size(1) - 1).to(device)  # only NaN passes nothing; the token's log p tells then
+    return places.clamp(max=z.size(1) - 1)  # only NaN passes nothing; the token's log p tells then
+
+
+def _cumulative(p):
+    """Sums over the first tokens of each row, [b, vocab]."""
+    if torch.are_deterministic_algorithms_enabled():
+        return p.cpu().cumsum(1).to(p.device)  # on a GPU torch counts it among what is not deterministic, and refuses it
+    return p.cumsum(1)

@@ -163,6 +163,8 @@ def _on_stream(waiting: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[],
     with torch.cuda.stream(stream):
         for copy, tensor in waiting:
             copy.copy_(tensor, non_blocking=True)
+            if tensor.is_cuda:
+                tensor.record_stream(stream)  # nobody else may hold it: FP8 parameters are saved as copies in plain precision
     return stream.synchronize
 
 

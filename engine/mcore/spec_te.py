@@ -16,6 +16,7 @@ import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
+    TEGroupedLinear,
     TELinear,
     TENorm,
     TERowParallelLinear,
@@ -38,6 +39,11 @@ from engine.mcore.latent import LatentAttention, LatentSubmodules
 # gradient_accumulation_fusion is done by Transformer Engine in its own layers. The one ColumnParallelLinear beside them would
 # ask for apex when it is built; it is build.TokenModel's output layer, which does without.
 layers._grad_accum_fusion_available = True
+
+if TEGroupedLinear is not None:  # None on a machine without Transformer Engine
+    # Of recipes that keep no scales its FP8 state is empty; megatron 0.16.1 takes a pickle of scales for granted.
+    _split_scales = TEGroupedLinear._split_extra_state
+    TEGroupedLinear._split_extra_state = lambda self, state: _split_scales(self, state) if state.numel() else [state] * self.num_gemms
 
 BACKEND = TESpecProvider()
 

@@ -5,18 +5,20 @@
 #   TABLE=--tiny PLANNER=--tiny benchmarks/gpu.sh FOLDER doctor table planner      # rehearsal on a CPU: shows that the parts run
 #
 # PYTHON chooses the interpreter (default .venv/bin/python), TABLE further options of gpu_table.py, such as TABLE="--only gpt_1.7b,loss", PLANNER those of
-# planner.py. A part that fails does not stop the next; the exit code is 1 then. Written: doctor.json, doctor.txt, tests.txt, tests.xml, table.md, table.txt,
-# planner.txt, and revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh for a machine without a network).
+# planner.py. A part that fails does not stop the next; the exit code is 1 then, and where a GPU is there but Transformer Engine or DALI is not, whose
+# tests are then skipped: WITHOUT="Transformer Engine,DALI" says that they are known to be missing. Written: doctor.json, doctor.txt, tests.txt, tests.xml,
+# table.md, table.txt, planner.txt, and revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh where no network is).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n 's/^# \{0,1\}//; 2,9p' "$0"; }
+usage() { sed -n 's/^# \{0,1\}//; 2,10p' "$0"; }
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
     -*) usage >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 folder=${1:-gpu_results}
+case $folder in doctor | tests | table | planner) echo "$folder is a part; the folder comes first: benchmarks/gpu.sh FOLDER $*" >&2; exit 2 ;; esac
 [ $# -gt 0 ] && shift
 parts=("$@")
 [ $# -eq 0 ] && parts=(doctor tests table planner)
@@ -34,7 +36,19 @@ ran() { # NAME COMMAND...: its output on the screen and in NAME.txt
 
 doctor() {
     "$python" launch/doctor.py --folder "$folder" --json >"$folder/doctor.json" 2>/dev/null
-    "$python" launch/doctor.py --folder "$folder"
+    "$python" launch/doctor.py --folder "$folder" || return 1
+    "$python" - "$folder/doctor.json" "${WITHOUT:-}" <<'END'
+import json
+import sys
+
+import torch
+
+states = {finding["name"]: finding["state"] for finding in json.load(open(sys.argv[1]))["findings"]}
+known = {name.strip() for name in sys.argv[2].split(",")}
+missing = [name for name in ("Transformer Engine", "DALI") if states[name] != "ok" and name not in known]
+if torch.cuda.is_available() and missing:
+    sys.exit(f"missing: {', '.join(missing)}: what needs them is not tried; WITHOUT=\"{','.join(missing)}\" takes that as it is")
+END
 }
 
 # A suite whose every test was skipped proves nothing, so it counts as failed.
@@ -45,7 +59,9 @@ import sys
 import xml.etree.ElementTree as xml
 
 suite = next(xml.parse(sys.argv[1]).iter("testsuite"))
-ran = int(suite.get("tests")) - int(suite.get("skipped"))
+skipped = int(suite.get("skipped"))
+ran = int(suite.get("tests")) - skipped
+print(f"{ran} GPU tests ran, {skipped} were skipped")
 sys.exit(0 if ran else "no GPU test could run here")
 END
 }

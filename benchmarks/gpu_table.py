@@ -213,11 +213,12 @@ def main() -> int:
     lines = [f"{datetime.date.today()}, {where}", "",
              "| work | contestant | ms | TFLOP/s | GiB | its time / the first's | goal | |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
-    failed = []
+    failed, missing = [], []
     for row in (replace(row, goal=Goal()) for row in ROWS) if arguments.tiny else ROWS:
         if row.name in wanted:
             found = measured(row, arguments)
             failed += [f"{row.name}: {label}" for label, answer in found.items() if "failed" in answer]
+            missing += [f"{row.name}: {label}" for label, answer in found.items() if "missing" in answer]
             fresh = lines_of(row, found)
             print("\n".join(fresh), flush=True)
             lines += fresh
@@ -225,6 +226,8 @@ def main() -> int:
         lines += (fresh := waiting(arguments))
         failed += ["feed"] * (FAILED in fresh[0])
         print("\n".join(fresh), flush=True)
+    if missing:
+        print("not there: " + "; ".join(missing), file=sys.stderr)
     if arguments.output:
         Path(arguments.output).write_text("\n".join(lines) + "\n")
     if failed:

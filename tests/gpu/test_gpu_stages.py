@@ -135,7 +135,8 @@ def test_answers_are_drawn_and_learned_from(aligned, tmp_path, stage, backend):
     found = numbers(lines, "loss", "reward", "grad_norm")
     assert len(lines) == 3 and np.isfinite(found).all() and (found[:, 2] > 0).all(), lines
     if stage == "grpo":
-        assert abs(lines[0]["kl/reference"]) < 1e-6, lines[0]  # nothing was learned yet
+        limit = 1e-6 if backend == "torch" else 1e-3  # in bf16 a kernel that keeps what a backward pass needs may round otherwise than one that does not
+        assert abs(lines[0]["kl/reference"]) < limit, lines[0]  # nothing was learned yet
 
 
 # --- feeding ------------------------------------------------------------------------------------------------------------------

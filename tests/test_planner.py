@@ -252,8 +252,8 @@ def test_what_surely_fits_and_what_surely_does_not():
         file = {**read(LLAMA8B, overrides)[1]}
         return own_layout(file, make_cluster(gpu, gpus, **more))[0]
 
-    assert judged([], 8).fits and judged([], 64).fits
-    assert not judged(["parallel.tp=1", "parallel.sequence_parallel=false"], 1).fits      # 18 bytes * 8e9 on one GPU
+    assert judged(["parallel.pp=2", "parallel.vpp=4"], 8).fits and judged([], 64).fits
+    assert not judged(["parallel.cp=1"], 1).fits      # 18 bytes * 8e9 on one GPU
     assert not judged(["model.size=llama3_70b"], 8).fits
     assert not judged([], 8, "rtx-4090").fits
 

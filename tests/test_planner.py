@@ -16,7 +16,7 @@ from engine.config import ConfigError, load_config, validate
 from engine.loss_memory import BLOCK_BYTES
 from engine.planner import budget
 from engine.planner.activations import Saved
-from engine.planner.cluster import kind_of, make_cluster
+from engine.planner.cluster import kind_of, larger, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.search import own_layout, read, search, write
@@ -479,7 +479,28 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(tmp_path):
 
 def test_nothing_fits_and_what_would_help():
     done = command(LLAMA8B, "--gpus", "8", "model.size=llama3_70b", "--gpu", "a100", code=1)
-    assert "Nearest miss" in done.stdout and "32 GPUs" in done.stdout and "No layout fits" in done.stdout
+    assert "Nearest miss" in done.stdout and "  - 32 GPUs (4 nodes of 8): " in done.stdout and "No layout fits" in done.stdout
+
+
+def test_help_where_no_layout_is_legal():
+    done = command(LLAMA8B, "--gpus", "6", code=1)
+    assert "No layout is legal on 6 GPUs." in done.stdout and "  - 8 GPUs (one node): " in done.stdout
+    assert "  - train.global_batch=510, a multiple of 6: tp 2, " in done.stdout
+    command(LLAMA8B, "--gpus", "8"), command(LLAMA8B, "--gpus", "6", "train.global_batch=510")      # what it says is so
+    assert "up to 64 times as many were tried" in command(LLAMA8B, "--gpus", "7", "parallel.tp=7", code=1).stdout
+
+
+def test_help_keeps_nodes_of_the_given_size():
+    assert "  - 32 GPUs (32 nodes of 1): " in command(LLAMA8B, "--gpus", "1", "--nodes", "1", "model.size=llama3_70b", code=1).stdout
+
+
+def test_larger_clusters_are_whole_nodes():
+    def tried(*asked):
+        return [(more.num_gpus, more.per_node) for more in larger(make_cluster(*asked), 4)]
+
+    assert tried("h100", 3) == [(4, 8), (8, 8)] and tried("h100", 7) == [(8, 8), (16, 8)]
+    assert tried("h100", 24) == [(32, 8), (48, 8), (64, 8), (96, 8)]
+    assert tried("h100", 12, 2) == [(16, 4), (18, 6), (24, 6), (32, 4), (48, 6)]
 
 
 def test_a_users_mistakes_are_told_without_a_traceback():

@@ -79,10 +79,13 @@ class Cluster:
     def num_nodes(self) -> int:
         return -(-self.num_gpus // self.per_node)
 
+    @property
+    def nodes(self) -> str:
+        return f"{self.num_nodes} nodes of {self.per_node}" if self.num_nodes > 1 else "one node"
+
     def __str__(self) -> str:
-        nodes = f"{self.num_nodes} nodes of {self.per_node}, {self.network} {self.network_gbs:g} GB/s per GPU between them"
-        nodes = nodes if self.num_nodes > 1 else "one node"
-        return f"{self.num_gpus} x {self.gpu.name} ({self.gpu.memory_gib:g} GiB), {nodes}"
+        network = f", {self.network} {self.network_gbs:g} GB/s per GPU between them" * (self.num_nodes > 1)
+        return f"{self.num_gpus} x {self.gpu.name} ({self.gpu.memory_gib:g} GiB), {self.nodes}{network}"
 
 
 def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "", memory_gib: float = 0) -> Cluster:
@@ -111,6 +114,18 @@ def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "",
     if problems:
         raise ConfigError(problems)
     return Cluster(kind, num_gpus, network if network in NETWORKS else "network", speed)
+
+
+def larger(cluster: Cluster, most_times: int) -> list[Cluster]:
+    """Clusters of more GPUs of the kind, up to most_times as many, the smallest first: powers of two in a node, a full node, then one node more, doublings and
+    powers of two of nodes. Nodes keep their size; where that is no power of two, which few batches divide by, also the one below it."""
+    full, num, most = cluster.per_node, cluster.num_gpus, cluster.num_gpus * most_times
+    doublings, found = [2**i for i in range(most.bit_length())], {}      # GPUs: in nodes of
+    for size in (2 ** (full.bit_length() - 1), full):
+        counts = {num // size + 1, *doublings, *(num // size * times for times in doublings)}
+        found |= {count * size: size for count in counts if count > 1}
+    found |= {more: full for more in (*doublings, full) if more <= full}
+    return [replace(cluster, num_gpus=more, gpu=replace(cluster.gpu, per_node=size)) for more, size in sorted(found.items()) if num < more <= max(most, full)]
 
 
 def kind_of(device_name: str) -> str:

@@ -460,6 +460,16 @@ def test_json_and_write_agree(tmp_path):
     assert sum(value for name, value in plan["memory_bytes"].items() if name != "total") == plan["memory_bytes"]["total"]
 
 
+def test_how_flops_are_counted_is_said():
+    counted = " FLOPs are those of Megatron's formula, attention counted in full"
+    ladder = str(ROOT / "examples/long_context_128k/ladder.yaml")
+    told = command(ladder, "--gpus", "64", "--top", "1").stdout
+    assert counted + ";\n   with the half that the causal mask leaves, row 1 has 400 TFLOP/s, MFU 40%\n" in told
+    plan = json.loads(command(ladder, "--gpus", "64", "--top", "1", "--json").stdout)["plans"][0]
+    assert plan["causal_mfu"] == pytest.approx(0.404, abs=1e-3) and plan["causal_tflops_per_gpu"] / plan["tflops_per_gpu"] == pytest.approx(0.59, abs=0.01)
+    assert counted + "\n\n" in command(LLAMA8B, "--gpus", "8", "train.seq_len=2048").stdout      # 3% less
+
+
 def test_fp8_is_tried_where_it_is_asked_for_and_can_be_had(tmp_path):
     done = command(LLAMA8B, "--gpus", "8", "--fp8", "--json", "--top", "400", "--write", str(tmp_path / "fp8.yaml"))
     assert {plan["fp8"] for plan in json.loads(done.stdout)["plans"]} == {"none", "tensorwise"}

@@ -117,15 +117,16 @@ def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "",
 
 
 def larger(cluster: Cluster, most_times: int) -> list[Cluster]:
-    """Clusters of more GPUs of the kind, up to most_times as many, the smallest first: powers of two in a node, a full node, then one node more, doublings and
-    powers of two of nodes. Nodes keep their size; where that is no power of two, which few batches divide by, also the one below it."""
+    """Clusters of more GPUs of the kind, up to most_times as many, the smallest first: powers of two in a node, a full node, then one node more,
+    doublings and powers of two of nodes. Nodes keep their size; where that is no power of two, which few batches divide by, also the one below it."""
     full, num, most = cluster.per_node, cluster.num_gpus, cluster.num_gpus * most_times
     doublings, found = [2**i for i in range(most.bit_length())], {}      # GPUs: in nodes of
     for size in (2 ** (full.bit_length() - 1), full):
         counts = {num // size + 1, *doublings, *(num // size * times for times in doublings)}
         found |= {count * size: size for count in counts if count > 1}
     found |= {more: full for more in (*doublings, full) if more <= full}
-    return [replace(cluster, num_gpus=more, gpu=replace(cluster.gpu, per_node=size)) for more, size in sorted(found.items()) if num < more <= max(most, full)]
+    tried = [(more, size) for more, size in sorted(found.items()) if num < more <= max(most, full)]
+    return [replace(cluster, num_gpus=more, gpu=replace(cluster.gpu, per_node=size)) for more, size in tried]
 
 
 def kind_of(device_name: str) -> str:

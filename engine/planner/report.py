@@ -15,6 +15,7 @@ from engine.planner.search import Answer, Plan, backend_of
 WORDS = {"elementwise": "norms, activations", "tp": "tensor parallel traffic", "cp": "context parallel traffic", "ep": "expert traffic",
          "pp": "pipeline traffic", "bubble": "pipeline bubble", "dp": "data parallel traffic", "gemm": "matrix products",
          "workspace": "backward temporaries", "runtime": "CUDA and NCCL", "margin": "fragmentation"}
+NOTABLE = 0.05      # a difference between two ways of counting FLOPs that is told
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ def _table(plans: list[Plan], options: Options) -> str:
         rows.append([i, p.tp, p.cp, *experts, pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
                      _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
     uneven = any(plan.run.parallel.pp_layers for plan in plans)
-    return _columns([names, *rows]) + "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven
+    return _columns([names, *rows]) + "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven + "\n" + _counted(plans[0])
+
+
+def _counted(best: Plan) -> str:
+    """How the table counts FLOPs, and what the other usual way makes of it."""
+    half = f";\n   with the half that the causal mask leaves, row 1 has {best.tflops * best.causal_share:.0f} TFLOP/s, MFU {best.mfu * best.causal_share:.0%}"
+    return " FLOPs are those of Megatron's formula, attention counted in full" + half * (1 / best.causal_share - 1 > NOTABLE)
 
 
 def _columns(rows) -> str:
@@ -145,7 +152,8 @@ def _plan(plan: Plan, options: Options) -> dict:
     return {"parallel": plan.run.parallel.model_dump(), "micro_batch": plan.run.train.micro_batch, "recompute": plan.run.train.recompute,
             "fp8": plan.run.train.fp8.recipe, "dp": plan.dp,
             "memory_bytes": {**plan.memory.parts(), "total": plan.memory.total}, "step_seconds": {**plan.time.parts(), "total": plan.time.total},
-            "tflops_per_gpu": plan.tflops, "mfu": plan.mfu, "tokens_per_second_per_gpu": plan.tokens_per_gpu, "tokens": cost.tokens,
+            "tflops_per_gpu": plan.tflops, "mfu": plan.mfu, "causal_tflops_per_gpu": plan.tflops * plan.causal_share,
+            "causal_mfu": plan.mfu * plan.causal_share, "tokens_per_second_per_gpu": plan.tokens_per_gpu, "tokens": cost.tokens,
             "days": cost.days, "gpu_hours": cost.gpu_hours, "price": cost.price}
 
 

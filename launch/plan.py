@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--price", type=float, default=0, metavar="X", help="of one GPU for an hour")
     parser.add_argument("--law", default="", metavar="law.json", help="a scaling law of your own (launch/recipe.py fit) for the best sizes")
     parser.add_argument("--write", default="", metavar="OUT.yaml", help="write the configuration with a layout of the list")
-    parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="which one --write takes (default 1, the best)")
+    parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="the row of the list that is told in full and that --write takes (default 1)")
     parser.add_argument("--json", action="store_true", help="print what a program can read")
     return parser.parse_intermixed_args()
 
@@ -61,13 +61,15 @@ def plan(args) -> int:
             raise ConfigError([f"{name} {value:g} must be {least} or more"])
     cluster = make_cluster(args.gpu, args.gpus, args.nodes, args.network, args.gpu_memory)
     base, raw, pins = read(args.config, args.overrides)
-    options = Options(args.top, args.tokens, args.price, _law(args.law))
+    options = Options(args.top, args.tokens, args.price, _law(args.law), args.choose)
     answer = search(base, cluster, pins)
     if args.fp8:
         answer = merged(answer, search(with_fp8(base, cluster), cluster, pins))
+    num_rows = min(args.top, len(answer.plans))
+    if answer.plans and args.choose > num_rows:
+        further = f", or list more with --top {args.choose}" if args.choose <= len(answer.plans) else ""
+        raise ConfigError([f"--choose {args.choose} is no row of the list, which has {num_rows}; choose 1 to {num_rows}{further}"])
     if args.write and answer.plans:
-        if args.choose > len(answer.plans):
-            raise ConfigError([f"--choose {args.choose}, but {len(answer.plans)} layouts fit"])
         write(raw, answer.plans[args.choose - 1], args.write)
         print(f"wrote layout {args.choose} into {args.write}", file=sys.stderr)
     if args.json:

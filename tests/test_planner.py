@@ -460,6 +460,16 @@ def test_json_and_write_agree(tmp_path):
     assert sum(value for name, value in plan["memory_bytes"].items() if name != "total") == plan["memory_bytes"]["total"]
 
 
+def test_a_chosen_row_is_told_in_full_and_written(tmp_path):
+    told = command(LLAMA8B, "--gpus", "8", "--top", "3", "--choose", "2").stdout.splitlines()
+    row = told[next(i for i, line in enumerate(told) if line.lstrip().startswith("#")) + 2].split()
+    whole = next(i for i, line in enumerate(told) if line.startswith(("Best: ", "Row ")))
+    assert told[whole].startswith(f"Row 2: tp {row[1]}, cp {row[2]}, pp 2, vpp {row[4]}, ") and float(told[whole + 1].split()[5]) == pytest.approx(float(row[8]), abs=0.05)
+    assert json.loads(command(LLAMA8B, "--gpus", "8", "--choose", "2", "--json").stdout)["chosen"] == 2
+    done = command(LLAMA8B, "--gpus", "8", "--top", "3", "--choose", "4", "--write", str(tmp_path / "out.yaml"), code=2)
+    assert "--choose 4 is no row of the list, which has 3; choose 1 to 3, or list more with --top 4\n" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_how_flops_are_counted_is_said():
     counted = " FLOPs are those of Megatron's formula, attention counted in full"
     ladder = str(ROOT / "examples/long_context_128k/ladder.yaml")
@@ -520,4 +530,4 @@ def test_a_users_mistakes_are_told_without_a_traceback():
     assert "train.micro_batch='many'" in command(LLAMA8B, "train.micro_batch=many", code=2).stderr
     assert "parallel.tpp is no key" in command(LLAMA8B, "parallel.tpp=2", code=2).stderr
     assert "tp(1) * pp(16) * cp(1) = 16 does not divide the world size 8" in command(LLAMA8B, "parallel.pp=16", code=1).stdout
-    assert "--choose 9999" in command(LLAMA8B, "--write", "/nowhere/x.yaml", "--choose", "9999", code=2).stderr
+    assert "--choose 9999 is no row of the list, which has 10; choose 1 to 10\n" in command(LLAMA8B, "--choose", "9999", code=2).stderr

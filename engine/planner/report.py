@@ -20,18 +20,21 @@ NOTABLE = 0.05      # a difference between two ways of counting FLOPs that is to
 
 @dataclass(frozen=True)
 class Options:
-    """top: rows of the table; tokens: of the whole run, 0 takes the configuration's; price: of a GPU hour; law: engine.recipe.scaling.Law."""
+    """top: rows of the table; tokens: of the whole run, 0 takes the configuration's; price: of a GPU hour; law: engine.recipe.scaling.Law;
+    choose: the row that is told in full, from 1."""
 
     top: int = 10
     tokens: float = 0
     price: float = 0
     law: object = None
+    choose: int = 1
 
 
 def report(answer: Answer, base, cluster, own: tuple[Plan | None, list[str]], options: Options) -> str:
     parts = [_head(base, cluster)]
     if answer.plans:
-        parts += [_table(answer.plans[:options.top], options), _own(own, answer), _whole(answer.plans[0], options), _money(answer.plans[0], options)]
+        chosen = answer.plans[options.choose - 1]
+        parts += [_table(answer.plans[:options.top], options), _own(own, answer), _whole(chosen, options), _money(chosen, options)]
     else:
         nothing = f"No layout fits into {cluster.gpu.memory_gib:g} GiB." if answer.misses else f"No layout is legal on {cluster.num_gpus} GPUs."
         parts += [_own(own, answer), nothing]
@@ -98,7 +101,8 @@ def _whole(plan: Plan, options: Options) -> str:
     lines = [(*(memory[i] if i < len(memory) else blank), *(time[i] if i < len(time) else blank)) for i in range(max(len(memory), len(time)))]
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     body = ["  ".join(cell.ljust(width) if i in (0, 3) else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
-    return f"Best: {text(plan.run)}\n" + "\n".join(f"  {line}" for line in body)
+    name = "Best" if options.choose == 1 else f"Row {options.choose}"
+    return f"{name}: {text(plan.run)}\n" + "\n".join(f"  {line}" for line in body)
 
 
 def _cost(plan: Plan, options: Options) -> budget.Budget:
@@ -140,7 +144,7 @@ def as_dict(answer: Answer, base, cluster, options: Options) -> dict:
         "parameters": count.total, "active_parameters": count.active, "backend": backend_of(base),
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.num_gpus, "nodes": cluster.num_nodes, "memory_gib": cluster.gpu.memory_gib,
                     "network_gbs": cluster.network_gbs},
-        "num_fitting": len(answer.plans),
+        "num_fitting": len(answer.plans), **({"chosen": options.choose} if answer.plans else {}),
         "plans": [_plan(plan, options) for plan in answer.plans[:options.top]],
         "refused": [{"count": group.count, "reason": reason, "example": group.example} for reason, group in answer.refused.items()],
         "do_not_fit": {"count": len(answer.misses), **({"least_bytes": answer.misses[0][0], "nearest": text(answer.misses[0][1])} if answer.misses else {})},

@@ -19,6 +19,7 @@ from engine.planner.activations import Saved
 from engine.planner.cluster import kind_of, larger, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
+from engine.planner.report import gib
 from engine.planner.search import own_layout, read, search, write
 from engine.planner.time import Dispatch, step_time
 from engine.planner.weights import chunks, spread, weights, worth_of_output
@@ -500,6 +501,16 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(tmp_path):
 def test_nothing_fits_and_what_would_help():
     done = command(LLAMA8B, "--gpus", "8", "model.size=llama3_70b", "--gpu", "a100", code=1)
     assert "Nearest miss" in done.stdout and "  - 32 GPUs (4 nodes of 8): " in done.stdout and "No layout fits" in done.stdout
+
+
+def test_what_hardly_misses_is_told_with_more_decimals():
+    assert [gib(int(need * GIB), 79.1) for need in (79.2, 79.14, 79.1003, 79.1)] == ["79.2", "79.14", "79.1003", "79.1"]
+    asked = (LLAMA8B, "--gpus", "1", "model.num_layers=4", "--gpu-memory")
+    need = json.loads(command(*asked, "20", "--json", code=1).stdout)["do_not_fit"]["least_bytes"] / GIB
+    room = round(need - 0.0005, 3)
+    told = command(*asked, f"{room}", code=1).stdout
+    assert f"  1: {gib(need * GIB, room)} GiB needed, of {room:g}, " in told
+    assert f"micro-batch 1, recompute full needs {gib(need * GIB, room)} GiB, 0.00" in told
 
 
 def test_help_where_no_layout_is_legal():

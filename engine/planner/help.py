@@ -8,6 +8,7 @@ from dataclasses import replace
 from engine.planner.cluster import Cluster, larger
 from engine.planner.constants import GIB
 from engine.planner.layouts import placed, text
+from engine.planner.report import gib
 from engine.planner.search import Answer, backend_of, search
 
 MOST_TIMES = 64      # as many GPUs as were asked for are tried
@@ -17,7 +18,8 @@ def what_would_help(answer: Answer, base, cluster: Cluster, pins: dict) -> str:
     lines = []
     if answer.misses:
         need, run = answer.misses[0]
-        lines.append(f"Nearest miss: {text(run)} needs {need / GIB:.1f} GiB, {need / GIB - cluster.gpu.memory_gib:.1f} more than a GPU has.")
+        room = cluster.gpu.memory_gib
+        lines.append(f"Nearest miss: {text(run)} needs {gib(need, room)} GiB, {gib(need - int(room * GIB), 0)} more than a GPU has.")
     helps = [*_more_gpus(base, cluster, pins), *_other_batch(answer, base, cluster, pins), *_smaller(base, cluster, pins)]
     if pins and search(base, cluster, {}).plans:
         helps.append(f"leaving the layout free: overrides fix {', '.join(pins)}")

@@ -82,7 +82,7 @@ def _own(own, answer: Answer) -> str:
     plan, problems = own
     if problems:
         return "The layout in the file is not legal here: " + problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-    need = f"needs {plan.memory.total / GIB:.1f} GiB"
+    need = f"needs {gib(plan.memory.total, plan.cluster.gpu.memory_gib)} GiB"
     if not plan.fits:
         return f"The layout in the file ({text(plan.run)}) does not fit: it {need} of {plan.cluster.gpu.memory_gib:g}."
     rate = f", {plan.time.total / answer.plans[0].time.total:.2f} times the best one's step" if answer.plans else ""
@@ -125,8 +125,8 @@ def _refused(answer: Answer, cluster) -> str:
     groups = sorted(answer.refused.items(), key=lambda group: -group[1].count)
     lines = []
     if answer.misses:
-        least, most = answer.misses[0][0] / GIB, answer.misses[-1][0] / GIB
-        span = f"{least:.1f} to {most:.1f}" if len(answer.misses) > 1 else f"{least:.1f}"
+        least, most = (gib(answer.misses[i][0], cluster.gpu.memory_gib) for i in (0, -1))
+        span = f"{least} to {most}" if len(answer.misses) > 1 else least
         lines.append(f"  {len(answer.misses)}: {span} GiB needed, of {cluster.gpu.memory_gib:g}, whatever is recomputed. "
                      f"Nearest: {text(answer.misses[0][1])}")
     lines += [f"  {group.count}: {reason}\n     such as: {group.example}" for reason, group in groups[:6]]
@@ -159,6 +159,13 @@ def _plan(plan: Plan, options: Options) -> dict:
             "tflops_per_gpu": plan.tflops, "mfu": plan.mfu, "causal_tflops_per_gpu": plan.tflops * plan.causal_share,
             "causal_mfu": plan.mfu * plan.causal_share, "tokens_per_second_per_gpu": plan.tokens_per_gpu, "tokens": cost.tokens,
             "days": cost.days, "gpu_hours": cost.gpu_hours, "price": cost.price}
+
+
+def gib(num_bytes: int, room: float) -> str:
+    """GiB, with as many decimals as it takes to differ from the GiB there are."""
+    need = num_bytes / GIB
+    decimals = next((n for n in range(1, 9) if f"{need:.{n}f}" != f"{room:.{n}f}"), 1)
+    return f"{need:.{decimals}f}"
 
 
 def _seconds(seconds: float) -> str:

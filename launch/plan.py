@@ -15,14 +15,16 @@ ERROR, USAGE = 1, 2
 
 
 def arguments() -> argparse.Namespace:
+    from engine.planner.cluster import GPUS, NETWORKS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs altogether (default 8)")
-    parser.add_argument("--gpu", default="h100", metavar="KIND", help="their kind: engine/planner/cluster.py has the names (default h100)")
-    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in; the default fills machines of 8")
-    parser.add_argument("--network", default="", metavar="NAME", help="between machines: ndr, hdr, efa, 100g ..., or GB/s per GPU and direction")
-    parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, where it is another than usual")
+    parser.add_argument("--gpu", default="h100", metavar="KIND", help=f"their kind (default h100): {', '.join(GPUS)}")
+    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in (of GB200: racks); the default fills those of the usual size")
+    parser.add_argument("--network", default="", metavar="NAME", help=f"between machines: {', '.join(NETWORKS)}, or GB/s per GPU and direction")
+    parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, where it is another than usual (an A100 of 40 GB: 39.4)")
     parser.add_argument("--fp8", action="store_true", help="try FP8 matrix products too, where the GPU has them")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list (default 10)")
     parser.add_argument("--tokens", type=float, default=0, metavar="N", help="tokens of the whole run, such as 15e12; default: train.steps")

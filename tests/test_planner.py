@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from engine.config import ConfigError, load_config, validate
 from engine.loss_memory import BLOCK_BYTES
 from engine.planner import budget
 from engine.planner.activations import Saved
-from engine.planner.cluster import kind_of, larger, make_cluster
+from engine.planner.cluster import GPUS, kind_of, larger, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
 from engine.planner.report import gib
@@ -273,8 +274,18 @@ def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
         plan, problems = own_layout(raw(model, {}, {"precision": "bf16", **train}, run={"dir": "unused", "device": "cuda"}), make_cluster("h100", 1))
         assert not problems and plan.fits, name
     assert [kind_of(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200")] == ["h100", "h100-pcie", "h200"]
-    with pytest.raises(ConfigError, match="Tesla T4 is no GPU known here"):
-        kind_of("Tesla T4")
+    assert [kind_of(name) for name in ("NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")] == ["h100-nvl", "gh200", "b300", "gb200"]
+    for name in ("Tesla T4", "NVIDIA GB300"):      # which is no B300
+        with pytest.raises(ConfigError, match=f"{name} is no GPU known here"):
+            kind_of(name)
+
+
+def test_every_gpu_of_the_list_can_be_planned_for():
+    told = command("--help").stdout
+    for name, gpu in GPUS.items():
+        assert gpu.tflops > 100 and gpu.memory_gbs > 500 and name in told
+        assert make_cluster(name, 2 * gpu.per_node).num_nodes == 2
+    assert make_cluster("gb200", 128, 2).nodes == "2 nodes of 64" and make_cluster("gh200", 4).num_nodes == 4
 
 
 @pytest.fixture
@@ -423,8 +434,10 @@ def test_a_law_of_ones_own_shares_compute():
 
 
 def test_bad_clusters_are_told_at_once():
-    with pytest.raises(ConfigError, match="did you mean h100"):
+    with pytest.raises(ConfigError, match="--gpu h10O is no GPU known here; known: h100, .*, rtx-4090; name one .* --gpu-memory"):
         make_cluster("h10O", 8)
+    with pytest.raises(ConfigError, match="nodes of 72; take 72 or 144, or say in --nodes how many"):
+        make_cluster("gb200", 128)
     with pytest.raises(ConfigError) as caught:
         make_cluster("h100", 12, network="fast", memory_gib=-1)
     assert len(caught.value.problems) == 3
@@ -465,7 +478,8 @@ def test_a_chosen_row_is_told_in_full_and_written(tmp_path):
     told = command(LLAMA8B, "--gpus", "8", "--top", "3", "--choose", "2").stdout.splitlines()
     row = told[next(i for i, line in enumerate(told) if line.lstrip().startswith("#")) + 2].split()
     whole = next(i for i, line in enumerate(told) if line.startswith(("Best: ", "Row ")))
-    assert told[whole].startswith(f"Row 2: tp {row[1]}, cp {row[2]}, pp 2, vpp {row[4]}, ") and float(told[whole + 1].split()[5]) == pytest.approx(float(row[8]), abs=0.05)
+    assert told[whole].startswith(f"Row 2: tp {row[1]}, cp {row[2]}, pp 2, vpp {row[4]}, ")
+    assert float(told[whole + 1].split()[5]) == pytest.approx(float(row[8]), abs=0.05)
     assert json.loads(command(LLAMA8B, "--gpus", "8", "--choose", "2", "--json").stdout)["chosen"] == 2
     done = command(LLAMA8B, "--gpus", "8", "--top", "3", "--choose", "4", "--write", str(tmp_path / "out.yaml"), code=2)
     assert "--choose 4 is no row of the list, which has 3; choose 1 to 3, or list more with --top 4\n" in done.stderr and not list(tmp_path.iterdir())
@@ -475,9 +489,10 @@ def test_how_flops_are_counted_is_said():
     counted = " FLOPs are those of Megatron's formula, attention counted in full"
     ladder = str(ROOT / "examples/long_context_128k/ladder.yaml")
     told = command(ladder, "--gpus", "64", "--top", "1").stdout
-    assert counted + ";\n   with the half that the causal mask leaves, row 1 has 400 TFLOP/s, MFU 40%\n" in told
+    assert re.search(re.escape(counted) + r";\n   with the half that the causal mask leaves, row 1 has (39|40)\d TFLOP/s, MFU (39|40)%\n", told)
     plan = json.loads(command(ladder, "--gpus", "64", "--top", "1", "--json").stdout)["plans"][0]
-    assert plan["causal_mfu"] == pytest.approx(0.404, abs=1e-3) and plan["causal_tflops_per_gpu"] / plan["tflops_per_gpu"] == pytest.approx(0.59, abs=0.01)
+    shares = plan["causal_mfu"] / plan["mfu"], plan["causal_tflops_per_gpu"] / plan["tflops_per_gpu"]
+    assert shares == pytest.approx((0.59, 0.59), abs=0.01)
     assert counted + "\n\n" in command(LLAMA8B, "--gpus", "8", "train.seq_len=2048").stdout      # 3% less
 
 
@@ -518,7 +533,7 @@ def test_help_where_no_layout_is_legal():
     assert "No layout is legal on 6 GPUs." in done.stdout and "  - 8 GPUs (one node): " in done.stdout
     assert "  - train.global_batch=510, a multiple of 6: tp 2, " in done.stdout
     command(LLAMA8B, "--gpus", "8"), command(LLAMA8B, "--gpus", "6", "train.global_batch=510")      # what it says is so
-    assert "up to 64 times as many were tried" in command(LLAMA8B, "--gpus", "7", "parallel.tp=7", code=1).stdout
+    assert "(64 times as many were tried)" in command(LLAMA8B, "--gpus", "7", "parallel.tp=7", code=1).stdout
 
 
 def test_help_keeps_nodes_of_the_given_size():

@@ -24,7 +24,7 @@ def what_would_help(answer: Answer, base, cluster: Cluster, pins: dict) -> str:
     if pins and search(base, cluster, {}).plans:
         helps.append(f"leaving the layout free: overrides fix {', '.join(pins)}")
     if not helps:
-        return "\n".join([*lines, f"Neither more GPUs (up to {MOST_TIMES} times as many were tried) nor any change the planner tries would make it fit; "
+        return "\n".join([*lines, f"Neither more GPUs ({MOST_TIMES} times as many were tried) nor any change the planner tries would make it fit; "
                                   "the model is too large for this kind of GPU, or no layout of it is legal (the reasons are above)."])
     return "\n".join([*lines, "What would help:", *(f"  - {line}" for line in helps)])
 

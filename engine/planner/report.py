@@ -63,7 +63,8 @@ def _table(plans: list[Plan], options: Options) -> str:
         rows.append([i, p.tp, p.cp, *experts, pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
                      _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
     uneven = any(plan.run.parallel.pp_layers for plan in plans)
-    return _columns([names, *rows]) + "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven + "\n" + _counted(plans[0])
+    spread = "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven
+    return f"{_columns([names, *rows])}{spread}\n{_counted(plans[0])}"
 
 
 def _counted(best: Plan) -> str:

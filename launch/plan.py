@@ -12,6 +12,7 @@ import signal
 import sys
 
 ERROR, USAGE = 1, 2
+SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def arguments() -> argparse.Namespace:
@@ -27,13 +28,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, where it is another than usual (an A100 of 40 GB: 39.4)")
     parser.add_argument("--fp8", action="store_true", help="try FP8 matrix products too, where the GPU has them")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list (default 10)")
-    parser.add_argument("--tokens", type=float, default=0, metavar="N", help="tokens of the whole run, such as 15e12; default: train.steps")
+    parser.add_argument("--tokens", type=_tokens, default=0, metavar="N", help="tokens of the whole run: 15T, 300B, 15e12; default: train.steps")
     parser.add_argument("--price", type=float, default=0, metavar="X", help="of one GPU for an hour")
     parser.add_argument("--law", default="", metavar="law.json", help="a scaling law of your own (launch/recipe.py fit) for the best sizes")
     parser.add_argument("--write", default="", metavar="OUT.yaml", help="write the configuration with a layout of the list")
     parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="the row of the list that is told in full and that --write takes (default 1)")
     parser.add_argument("--json", action="store_true", help="print what a program can read")
     return parser.parse_intermixed_args()
+
+
+def _tokens(text: str) -> float:
+    number, times = (text[:-1], SUFFIXES[text[-1].upper()]) if text[-1:].upper() in SUFFIXES else (text, 1)
+    try:
+        return float(number) * times
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; say 15e12 or 15T ({', '.join(SUFFIXES)} for thousands to trillions)") from None
 
 
 def main() -> int:

@@ -281,7 +281,7 @@ def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
 
 
 def test_every_gpu_of_the_list_can_be_planned_for():
-    told = command("--help").stdout
+    told = re.sub(r"\s+", "", command("--help").stdout)      # a line may break at a hyphen
     for name, gpu in GPUS.items():
         assert gpu.tflops > 100 and gpu.memory_gbs > 500 and name in told
         assert make_cluster(name, 2 * gpu.per_node).num_nodes == 2
@@ -472,6 +472,14 @@ def test_json_and_write_agree(tmp_path):
     assert len(said["plans"]) == 2 and plan["tokens"] == 1e12 and plan["price"] == pytest.approx(2 * plan["gpu_hours"])
     assert load_config(tmp_path / "new.yaml", world_size=8).parallel.model_dump() == plan["parallel"]
     assert sum(value for name, value in plan["memory_bytes"].items() if name != "total") == plan["memory_bytes"]["total"]
+
+
+def test_tokens_may_have_a_suffix():
+    for text in ("1.5T", "1500b", "1.5e12", "1500000M", "1500000000k"):
+        assert "\n1.5T tokens: " in command(LLAMA8B, "--tokens", text).stdout
+    for text in ("1X", "T", "many", ""):
+        assert f"--tokens: {text!r} is no number of tokens; say 15e12 or 15T" in command(LLAMA8B, "--tokens", text, code=2).stderr
+    assert "--tokens -1e+12 must be 0 or more" in command(LLAMA8B, "--tokens=-1T", code=2).stderr
 
 
 def test_a_chosen_row_is_told_in_full_and_written(tmp_path):

@@ -24,15 +24,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs altogether (default 8)")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help=f"their kind (default h100): {', '.join(GPUS)}")
     parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in (of GB200: racks); the default fills those of the usual size")
-    parser.add_argument("--network", default="", metavar="NAME", help=f"between machines: {', '.join(NETWORKS)}, or GB/s per GPU and direction")
-    parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, where it is another than usual (an A100 of 40 GB: 39.4)")
+    parser.add_argument("--network", default="", metavar="NAME", help=f"between machines: {', '.join(NETWORKS)}, or GB/s per GPU")
+    parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, if not the usual (A100 of 40 GB: 39.4)")
     parser.add_argument("--fp8", action="store_true", help="try FP8 matrix products too, where the GPU has them")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list (default 10)")
     parser.add_argument("--tokens", type=_tokens, default=0, metavar="N", help="tokens of the whole run: 15T, 300B, 15e12; default: train.steps")
     parser.add_argument("--price", type=float, default=0, metavar="X", help="of one GPU for an hour")
     parser.add_argument("--law", default="", metavar="law.json", help="a scaling law of your own (launch/recipe.py fit) for the best sizes")
     parser.add_argument("--write", default="", metavar="OUT.yaml", help="write the configuration with a layout of the list")
-    parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="the row of the list that is told in full and that --write takes (default 1)")
+    parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="row that is told in full and that --write takes (default 1)")
     parser.add_argument("--json", action="store_true", help="print what a program can read")
     return parser.parse_intermixed_args()
 
@@ -42,7 +42,7 @@ def _tokens(text: str) -> float:
     try:
         return float(number) * times
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; say 15e12 or 15T ({', '.join(SUFFIXES)} for thousands to trillions)") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; say 15e12 or 15T (K, M, B, T: thousands to trillions)") from None
 
 
 def main() -> int:

@@ -274,7 +274,8 @@ def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
         plan, problems = own_layout(raw(model, {}, {"precision": "bf16", **train}, run={"dir": "unused", "device": "cuda"}), make_cluster("h100", 1))
         assert not problems and plan.fits, name
     assert [kind_of(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200")] == ["h100", "h100-pcie", "h200"]
-    assert [kind_of(name) for name in ("NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")] == ["h100-nvl", "gh200", "b300", "gb200"]
+    full = ("NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")
+    assert [kind_of(name) for name in full] == ["h100-nvl", "gh200", "b300", "gb200"]
     for name in ("Tesla T4", "NVIDIA GB300"):      # which is no B300
         with pytest.raises(ConfigError, match=f"{name} is no GPU known here"):
             kind_of(name)

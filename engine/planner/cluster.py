@@ -99,7 +99,7 @@ def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "",
     one; memory_gib: of each GPU, 0 for the usual. Raises ConfigError."""
     problems, name = [], gpu.lower().replace("_", "-").replace(" ", "-")
     if name not in GPUS:
-        raise ConfigError([f"--gpu {gpu} is no GPU known here; known: {', '.join(GPUS)}; name one that is like it, with the memory of yours in --gpu-memory"])
+        raise ConfigError([f"--gpu {gpu} is no GPU known here; known: {', '.join(GPUS)}; name one that is like it, and --gpu-memory"])
     kind = GPUS[name]
     if num_gpus < 1:
         problems.append(f"--gpus {num_gpus}: there must be one or more")
@@ -108,8 +108,8 @@ def make_cluster(gpu: str, num_gpus: int, num_nodes: int = 0, network: str = "",
     elif num_nodes:
         kind = replace(kind, per_node=num_gpus // num_nodes)
     elif num_gpus > kind.per_node and num_gpus % kind.per_node:
-        whole = num_gpus // kind.per_node * kind.per_node
-        problems.append(f"--gpus {num_gpus} fills no whole number of nodes of {kind.per_node}; take {whole} or {whole + kind.per_node}, or say in --nodes how many")
+        size, whole = kind.per_node, num_gpus // kind.per_node * kind.per_node
+        problems.append(f"--gpus {num_gpus} fills no whole number of nodes of {size}; take {whole} or {whole + size}, or say in --nodes how many")
     if not 0 <= memory_gib < float("inf"):
         problems.append(f"--gpu-memory {memory_gib:g} is no size in GiB")
     elif memory_gib:

@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs altogether (default 8)")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help=f"their kind (default h100): {', '.join(GPUS)}")
-    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in (of GB200: racks); the default fills those of the usual size")
+    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines (racks of GB200) they are in; default: of the usual size")
     parser.add_argument("--network", default="", metavar="NAME", help=f"between machines: {', '.join(NETWORKS)}, or GB/s per GPU")
     parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, if not the usual (A100 of 40 GB: 39.4)")
     parser.add_argument("--fp8", action="store_true", help="try FP8 matrix products too, where the GPU has them")

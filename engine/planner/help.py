@@ -3,8 +3,6 @@
     print(what_would_help(answer, base, cluster, pins))
 """
 
-from dataclasses import replace
-
 from engine.planner.cluster import Cluster, larger
 from engine.planner.constants import GIB
 from engine.planner.layouts import placed, text

@@ -7,6 +7,7 @@ Left out: limits that only data or a device can tell; those are raised where the
 
 from engine import adapters, torch_only
 from engine.config import Unreadable, nearest
+from engine.schedule import planned_steps
 from engine.stages import STAGES, TEXT, ladder
 
 
@@ -20,7 +21,7 @@ def cross_checks(run, world_size: int | None) -> list[str]:
               _experts, _expert_split, _expert_biases, _balance, _capacity, _moe_layers, _dense_layers, _groups, _windows, _qk_norm, _zero_centred, _latent, _local_rope, _mtp,
               _sequence_parallel, _overlap, _backend, _torch_only,
               _fp8, _cuda_graphs, _fp8_sizes, _precision_aware, _rampup, _warmup, _rates, _wsd, _corpora, _buffers, _eod, _validation, _stop_when, _phases, _frozen_parts, _something_learns,
-              _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths)
+              _replay, _caps, _by_source, _fim, _anneal, _average, _rollback, adapters.problems, ladder.problems, ladder.lengths, _profiled_steps)
     problems = [problem for check in checks for problem in _until_unreadable(check(run))]
     if world_size is not None:
         for check in (_world, _profile, _expert_world, _world_batch, _world_rampup):
@@ -52,6 +53,14 @@ def _profile(run, world_size):
     absent = [rank for rank in run.profile.ranks if rank >= world_size]
     if run.profile.first_step and absent:
         yield f"profile.ranks names rank {absent[0]}, but the {world_size} ranks of this run are numbered from 0 to {world_size - 1}"
+
+
+def _profiled_steps(run):
+    first, trains = run.profile.first_step, [one.train for one in ladder.rungs(run)] if run.stage == "long_context" else [run.train]
+    steps = max(train.steps if train.rampup.start else planned_steps(train) for train in trains)      # a ramp-up may be wrong itself
+    if steps and first > steps:      # without steps nothing but validation is asked for
+        yield (f"profile.first_step({first}) is after the last step of this run({steps}; steps before a resume count too), so nothing "
+               f"would be profiled; set it to {steps} or less, or to 0")
 
 
 def _stage(run):

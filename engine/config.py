@@ -288,7 +288,7 @@ class Log(Section):
 
 class Profile(Section):
     first_step: int = Field(0, ge=0)
-    """The first step that is profiled; 0 profiles nothing. The first steps of a run are not like the others."""
+    """The first step that is profiled, those before a resume counted too; 0 profiles nothing. The first steps of a run are not like the others."""
     num_steps: int = Field(2, ge=1)
     """Steps that are profiled."""
     ranks: list[Annotated[int, Field(ge=0)]] = [0]

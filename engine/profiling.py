@@ -1,6 +1,6 @@
 """Where a step goes: a trace of some steps, ranges for nsys, and a summary in text. Off unless profile.first_step says when.
 
-    with profiling.opened(run, place) as profile:    # on every rank; those of profile.ranks record
+    with profiling.opened(run, place, position.step, log.note) as profile:    # on every rank; those of profile.ranks record
         profile.step(number)                          # at the start of each step, counted from 1
 
     @profiling.phase("optimizer")                     # a function whose time is told by this name; costs a look at one variable when off
@@ -22,6 +22,7 @@ from functools import wraps
 from pathlib import Path
 
 from engine.config import ConfigError
+from engine.schedule import planned_steps
 
 # Kinds of work by parts of the names of kernels and operations; the first that fits counts.
 KINDS = {
@@ -53,10 +54,14 @@ def phase(name: str):
     return marked
 
 
-def opened(run, place):
-    """What profiles this rank: a context manager with a method step. Raises ConfigError for nsys without a GPU."""
+def opened(run, place, done: int, say):
+    """What profiles this rank: a context manager with a method step. done: steps before this start; say: hears where they hold those to be profiled.
+    Raises ConfigError for nsys without a GPU."""
     if run.profile.kind == "nsys" and run.profile.first_step and place.device != "cuda":
         raise ConfigError([f"profile.kind=nsys marks the work of a GPU, but this run is on {place.device}; set profile.kind=torch"])
+    if 0 < run.profile.first_step <= done < planned_steps(run.train):
+        say(f"profile.first_step={run.profile.first_step} is among the {done} steps before this start, so nothing is profiled; "
+            f"set it to {done + 1} or more")
     if not run.profile.first_step or place.rank not in run.profile.ranks:
         return Profile(None, None)
     return (Nsys if run.profile.kind == "nsys" else Torch)(run, place)

@@ -98,7 +98,7 @@ class Trainer:
 
         asked = switches.ask()
         with (Feed(run, loader, position, stage.draws_freely, self.copies) as feed, contextlib.closing(self.saver),
-              profiling.opened(run, place) as profile):
+              profiling.opened(run, place, position.step, log.note) as profile):
             while self._goes_on(position) and not asked.leave:
                 feed.step = position.step + 1
                 profile.step(feed.step)

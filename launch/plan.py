@@ -12,26 +12,37 @@ import signal
 import sys
 
 ERROR, USAGE = 1, 2
+SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def arguments() -> argparse.Namespace:
+    from engine.planner.cluster import GPUS, NETWORKS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs altogether (default 8)")
-    parser.add_argument("--gpu", default="h100", metavar="KIND", help="their kind: engine/planner/cluster.py has the names (default h100)")
-    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines they are in; the default fills machines of 8")
-    parser.add_argument("--network", default="", metavar="NAME", help="between machines: ndr, hdr, efa, 100g ..., or GB/s per GPU and direction")
-    parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, where it is another than usual")
+    parser.add_argument("--gpu", default="h100", metavar="KIND", help=f"their kind (default h100): {', '.join(GPUS)}")
+    parser.add_argument("--nodes", type=int, default=0, metavar="N", help="machines (racks of GB200) they are in; default: of the usual size")
+    parser.add_argument("--network", default="", metavar="NAME", help=f"between machines: {', '.join(NETWORKS)}, or GB/s per GPU")
+    parser.add_argument("--gpu-memory", type=float, default=0, metavar="GIB", help="memory of a GPU, if not the usual (A100 of 40 GB: 39.4)")
     parser.add_argument("--fp8", action="store_true", help="try FP8 matrix products too, where the GPU has them")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list (default 10)")
-    parser.add_argument("--tokens", type=float, default=0, metavar="N", help="tokens of the whole run, such as 15e12; default: train.steps")
+    parser.add_argument("--tokens", type=_tokens, default=0, metavar="N", help="tokens of the whole run: 15T, 300B, 15e12; default: train.steps")
     parser.add_argument("--price", type=float, default=0, metavar="X", help="of one GPU for an hour")
     parser.add_argument("--law", default="", metavar="law.json", help="a scaling law of your own (launch/recipe.py fit) for the best sizes")
     parser.add_argument("--write", default="", metavar="OUT.yaml", help="write the configuration with a layout of the list")
-    parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="which one --write takes (default 1, the best)")
+    parser.add_argument("--choose", type=int, default=1, metavar="ROW", help="row that is told in full and that --write takes (default 1)")
     parser.add_argument("--json", action="store_true", help="print what a program can read")
     return parser.parse_intermixed_args()
+
+
+def _tokens(text: str) -> float:
+    number, times = (text[:-1], SUFFIXES[text[-1].upper()]) if text[-1:].upper() in SUFFIXES else (text, 1)
+    try:
+        return float(number) * times
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; say 15e12 or 15T (K, M, B, T: thousands to trillions)") from None
 
 
 def main() -> int:
@@ -61,13 +72,15 @@ def plan(args) -> int:
             raise ConfigError([f"{name} {value:g} must be {least} or more"])
     cluster = make_cluster(args.gpu, args.gpus, args.nodes, args.network, args.gpu_memory)
     base, raw, pins = read(args.config, args.overrides)
-    options = Options(args.top, args.tokens, args.price, _law(args.law))
+    options = Options(args.top, args.tokens, args.price, _law(args.law), args.choose)
     answer = search(base, cluster, pins)
     if args.fp8:
         answer = merged(answer, search(with_fp8(base, cluster), cluster, pins))
+    num_rows = min(args.top, len(answer.plans))
+    if answer.plans and args.choose > num_rows:
+        further = f", or list more with --top {args.choose}" if args.choose <= len(answer.plans) else ""
+        raise ConfigError([f"--choose {args.choose} is no row of the list, which has {num_rows}; choose 1 to {num_rows}{further}"])
     if args.write and answer.plans:
-        if args.choose > len(answer.plans):
-            raise ConfigError([f"--choose {args.choose}, but {len(answer.plans)} layouts fit"])
         write(raw, answer.plans[args.choose - 1], args.write)
         print(f"wrote layout {args.choose} into {args.write}", file=sys.stderr)
     if args.json:

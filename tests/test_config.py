@@ -150,6 +150,8 @@ REFUSALS = [
     (["model.mtp.num_layers=1", "lora.rank=4"], None, "model.mtp.loss_weight(0.3): with lora.rank(4) nothing but adapters learns, and these layers "
      "have none; set it to 0, which keeps them as they are"),
     (["faults.spike=rollback"], None, "faults.spike=rollback goes back to a checkpoint, but checkpoint.save_every is 0; set it, or faults.spike=skip"),
+    (["profile.first_step=101"], None, "profile.first_step(101) is after the last step of this run(100; steps before a resume count too), so nothing "
+     "would be profiled; set it to 100 or less, or to 0"),
     (["profile.first_step=3", "profile.ranks=[2]"], 2, "profile.ranks names rank 2, but the 2 ranks of this run are numbered from 0 to 1"),
     (["model.mtp.num_layers=64"], None, "model.mtp.num_layers(64) leaves no token of train.seq_len(64) to predict; lower it"),
     (["model.rope_local_theta=100"], None, "model.rope_local_theta(100) is the base period of layers with a sliding window, but sliding_window is 0 "

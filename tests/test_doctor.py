@@ -68,9 +68,37 @@ def test_a_package_that_ends_the_process_ends_only_the_probe(site):
     assert "code 134" in found.found and "undefined symbol: cublasLt" in found.found
 
 
-def test_transformer_engine_absent(monkeypatch):
-    assert parts.transformer_engine(NO_GPU).cure == ""
-    assert "'.[gpu]'" in parts.transformer_engine(GPU).cure
+GUIDE = (ROOT / "docs/gpu.md").read_text().replace(".venv/bin/", "")
+
+
+@pytest.mark.parametrize("build", [NO_GPU, GPU, parts.Build("12.9", ("NVIDIA H100",), True)], ids=["no GPU", "CUDA 13", "CUDA 12"])
+@pytest.mark.parametrize("is_half", [False, True], ids=["absent", "half"])
+def test_what_is_missing_has_the_command_of_the_guide_on_any_machine(site, monkeypatch, build, is_half):
+    monkeypatch.setattr(parts, "version", lambda package: None)
+    if is_half:
+        site("transformer_engine")
+        site("transformer_engine.pytorch", "raise ImportError('libnccl.so.2')")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for found in (parts.transformer_engine(build), parts.dali(build)):
+        command = found.cure.split("    #")[0]
+        assert f"`{command}`" in GUIDE and found.state == "instead", found
+        assert ("of use on a GPU only" in found.cure) == (not build.gpus)
+    assert ("half installed" in parts.transformer_engine(build).found) == is_half
+    assert ("core_cu12" in parts.transformer_engine(build).cure) == (build.cuda == "12.9")
+
+
+def test_a_dali_that_cannot_be_imported_has_its_command_without_a_gpu(site, monkeypatch):
+    site("nvidia")
+    site("nvidia.dali", "raise ImportError('libcuda.so.1')")
+    monkeypatch.setattr(parts, "version", lambda package: "2.4.0" if package == "nvidia-dali-cuda130" else None)
+    assert "--force-reinstall nvidia-dali-cuda130    # of use on a GPU only" in parts.dali(NO_GPU).cure
+
+
+def test_extras_and_shared_memory_that_are_missing_have_commands(monkeypatch):
+    monkeypatch.setattr(parts, "_requirements", lambda extra: [])
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    assert parts.extras().cure.startswith("make setup") and "--shm-size" in parts.shared_memory().cure
 
 
 def test_the_apex_of_the_index_is_another_project(site):

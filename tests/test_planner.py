@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from engine.config import ConfigError, load_config, validate
 from engine.loss_memory import BLOCK_BYTES
 from engine.planner import budget
 from engine.planner.activations import Saved
-from engine.planner.cluster import kind_of, make_cluster
+from engine.planner.cluster import GPUS, kind_of, larger, make_cluster
 from engine.planner.constants import GIB
 from engine.planner.memory import fullest, in_flight, memory_of
+from engine.planner.report import gib
 from engine.planner.search import own_layout, read, search, write
 from engine.planner.time import Dispatch, step_time
 from engine.planner.weights import chunks, spread, weights, worth_of_output
@@ -273,8 +275,19 @@ def test_what_a_gpu_is_compared_with_fits_one_of_80_gb(published):
         plan, problems = own_layout(raw(model, {}, {"precision": "bf16", **train}, run={"dir": "unused", "device": "cuda"}), make_cluster("h100", 1))
         assert not problems and plan.fits, name
     assert [kind_of(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200")] == ["h100", "h100-pcie", "h200"]
-    with pytest.raises(ConfigError, match="Tesla T4 is no GPU known here"):
-        kind_of("Tesla T4")
+    full = ("NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")
+    assert [kind_of(name) for name in full] == ["h100-nvl", "gh200", "b300", "gb200"]
+    for name in ("Tesla T4", "NVIDIA GB300"):      # which is no B300
+        with pytest.raises(ConfigError, match=f"{name} is no GPU known here"):
+            kind_of(name)
+
+
+def test_every_gpu_of_the_list_can_be_planned_for():
+    told = re.sub(r"\s+", "", command("--help").stdout)      # a line may break at a hyphen
+    for name, gpu in GPUS.items():
+        assert gpu.tflops > 100 and gpu.memory_gbs > 500 and name in told
+        assert make_cluster(name, 2 * gpu.per_node).num_nodes == 2
+    assert make_cluster("gb200", 128, 2).nodes == "2 nodes of 64" and make_cluster("gh200", 4).num_nodes == 4
 
 
 @pytest.fixture
@@ -423,8 +436,10 @@ def test_a_law_of_ones_own_shares_compute():
 
 
 def test_bad_clusters_are_told_at_once():
-    with pytest.raises(ConfigError, match="did you mean h100"):
+    with pytest.raises(ConfigError, match="--gpu h10O is no GPU known here; known: h100, .*, rtx-4090; name one .* --gpu-memory"):
         make_cluster("h10O", 8)
+    with pytest.raises(ConfigError, match="nodes of 72; take 72 or 144, or say in --nodes how many"):
+        make_cluster("gb200", 128)
     with pytest.raises(ConfigError) as caught:
         make_cluster("h100", 12, network="fast", memory_gib=-1)
     assert len(caught.value.problems) == 3
@@ -461,6 +476,36 @@ def test_json_and_write_agree(tmp_path):
     assert sum(value for name, value in plan["memory_bytes"].items() if name != "total") == plan["memory_bytes"]["total"]
 
 
+def test_tokens_may_have_a_suffix():
+    for text in ("1.5T", "1500b", "1.5e12", "1500000M", "1500000000k"):
+        assert "\n1.5T tokens: " in command(LLAMA8B, "--tokens", text).stdout
+    for text in ("1X", "T", "many", ""):
+        assert f"--tokens: {text!r} is no number of tokens; say 15e12 or 15T" in command(LLAMA8B, "--tokens", text, code=2).stderr
+    assert "--tokens -1e+12 must be 0 or more" in command(LLAMA8B, "--tokens=-1T", code=2).stderr
+
+
+def test_a_chosen_row_is_told_in_full_and_written(tmp_path):
+    told = command(LLAMA8B, "--gpus", "8", "--top", "3", "--choose", "2").stdout.splitlines()
+    row = told[next(i for i, line in enumerate(told) if line.lstrip().startswith("#")) + 2].split()
+    whole = next(i for i, line in enumerate(told) if line.startswith(("Best: ", "Row ")))
+    assert told[whole].startswith(f"Row 2: tp {row[1]}, cp {row[2]}, pp 2, vpp {row[4]}, ")
+    assert float(told[whole + 1].split()[5]) == pytest.approx(float(row[8]), abs=0.05)
+    assert json.loads(command(LLAMA8B, "--gpus", "8", "--choose", "2", "--json").stdout)["chosen"] == 2
+    done = command(LLAMA8B, "--gpus", "8", "--top", "3", "--choose", "4", "--write", str(tmp_path / "out.yaml"), code=2)
+    assert "--choose 4 is no row of the list, which has 3; choose 1 to 3, or list more with --top 4\n" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_how_flops_are_counted_is_said():
+    counted = " FLOPs are those of Megatron's formula, attention counted in full"
+    ladder = str(ROOT / "examples/long_context_128k/ladder.yaml")
+    told = command(ladder, "--gpus", "64", "--top", "1").stdout
+    assert re.search(re.escape(counted) + r";\n   with the half that the causal mask leaves, row 1 has (39|40)\d TFLOP/s, MFU (39|40)%\n", told)
+    plan = json.loads(command(ladder, "--gpus", "64", "--top", "1", "--json").stdout)["plans"][0]
+    shares = plan["causal_mfu"] / plan["mfu"], plan["causal_tflops_per_gpu"] / plan["tflops_per_gpu"]
+    assert shares == pytest.approx((0.59, 0.59), abs=0.01)
+    assert counted + "\n\n" in command(LLAMA8B, "--gpus", "8", "train.seq_len=2048").stdout      # 3% less
+
+
 def test_fp8_is_tried_where_it_is_asked_for_and_can_be_had(tmp_path):
     done = command(LLAMA8B, "--gpus", "8", "--fp8", "--json", "--top", "400", "--write", str(tmp_path / "fp8.yaml"))
     assert {plan["fp8"] for plan in json.loads(done.stdout)["plans"]} == {"none", "tensorwise"}
@@ -480,7 +525,38 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(tmp_path):
 
 def test_nothing_fits_and_what_would_help():
     done = command(LLAMA8B, "--gpus", "8", "model.size=llama3_70b", "--gpu", "a100", code=1)
-    assert "Nearest miss" in done.stdout and "32 GPUs" in done.stdout and "No layout fits" in done.stdout
+    assert "Nearest miss" in done.stdout and "  - 32 GPUs (4 nodes of 8): " in done.stdout and "No layout fits" in done.stdout
+
+
+def test_what_hardly_misses_is_told_with_more_decimals():
+    assert [gib(int(need * GIB), 79.1) for need in (79.2, 79.14, 79.1003, 79.1)] == ["79.2", "79.14", "79.1003", "79.1"]
+    asked = (LLAMA8B, "--gpus", "1", "model.num_layers=4", "--gpu-memory")
+    need = json.loads(command(*asked, "20", "--json", code=1).stdout)["do_not_fit"]["least_bytes"] / GIB
+    room = round(need - 0.0005, 3)
+    told = command(*asked, f"{room}", code=1).stdout
+    assert f"  1: {gib(need * GIB, room)} GiB needed, of {room:g}, " in told
+    assert f"micro-batch 1, recompute full needs {gib(need * GIB, room)} GiB, 0.00" in told
+
+
+def test_help_where_no_layout_is_legal():
+    done = command(LLAMA8B, "--gpus", "6", code=1)
+    assert "No layout is legal on 6 GPUs." in done.stdout and "  - 8 GPUs (one node): " in done.stdout
+    assert "  - train.global_batch=510, a multiple of 6: tp 2, " in done.stdout
+    command(LLAMA8B, "--gpus", "8"), command(LLAMA8B, "--gpus", "6", "train.global_batch=510")      # what it says is so
+    assert "(64 times as many were tried)" in command(LLAMA8B, "--gpus", "7", "parallel.tp=7", code=1).stdout
+
+
+def test_help_keeps_nodes_of_the_given_size():
+    assert "  - 32 GPUs (32 nodes of 1): " in command(LLAMA8B, "--gpus", "1", "--nodes", "1", "model.size=llama3_70b", code=1).stdout
+
+
+def test_larger_clusters_are_whole_nodes():
+    def tried(*asked):
+        return [(more.num_gpus, more.per_node) for more in larger(make_cluster(*asked), 4)]
+
+    assert tried("h100", 3) == [(4, 8), (8, 8)] and tried("h100", 7) == [(8, 8), (16, 8)]
+    assert tried("h100", 24) == [(32, 8), (48, 8), (64, 8), (96, 8)]
+    assert tried("h100", 12, 2) == [(16, 4), (18, 6), (24, 6), (32, 4), (48, 6)]
 
 
 def test_a_users_mistakes_are_told_without_a_traceback():
@@ -490,4 +566,4 @@ def test_a_users_mistakes_are_told_without_a_traceback():
     assert "train.micro_batch='many'" in command(LLAMA8B, "train.micro_batch=many", code=2).stderr
     assert "parallel.tpp is no key" in command(LLAMA8B, "parallel.tpp=2", code=2).stderr
     assert "tp(1) * pp(16) * cp(1) = 16 does not divide the world size 8" in command(LLAMA8B, "parallel.pp=16", code=1).stdout
-    assert "--choose 9999" in command(LLAMA8B, "--write", "/nowhere/x.yaml", "--choose", "9999", code=2).stderr
+    assert "--choose 9999 is no row of the list, which has 10; choose 1 to 10\n" in command(LLAMA8B, "--choose", "9999", code=2).stderr

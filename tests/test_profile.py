@@ -10,6 +10,7 @@ from training import merged, on_ranks, small_run, write_corpus
 
 from engine import profiling
 from engine.config import ConfigError, validate
+from engine.stages.ladder import rungs
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,39 @@ def test_impossible_wishes_are_refused(raw):
         validate(merged(raw, {"profile": {"first_step": 2, "ranks": [0, 4]}}), 2)
     run = validate(merged(raw, {"profile": {"first_step": 2, "kind": "nsys"}}), 1)
     with pytest.raises(ConfigError, match="profile.kind=nsys marks the work of a GPU, but this run is on cpu"):
-        profiling.opened(run, SimpleNamespace(device="cpu", rank=0))
+        profiling.opened(run, SimpleNamespace(device="cpu", rank=0), 0, None)
+
+
+def test_a_first_step_after_the_last_one_is_refused(raw):
+    def profiled(first: int, **keys):
+        return validate(merged(raw, {"profile": {"first_step": first}, **keys}))
+
+    last = raw["train"]["steps"]
+    told = r"profile.first_step\({}\) is after the last step of this run\({}; .*; set it to {} or less, or to 0"
+    with pytest.raises(ConfigError, match=told.format(last + 1, last, last)):
+        profiled(last + 1)
+    profiled(last), profiled(30, train={"steps": 30}), profiled(30, train={"steps": 0})
+    tokens = raw["train"]["seq_len"] * raw["train"]["global_batch"]      # of one step
+    with pytest.raises(ConfigError, match=told.format(3, 2, 2)):
+        profiled(3, train={"max_tokens": 2 * tokens})
+
+
+def test_a_ladder_is_profiled_in_the_rungs_that_are_long_enough(raw):
+    ladder = [{"seq_len": 64, "tokens": 64 * 8 * 2, "global_batch": 8}, {"seq_len": 128, "tokens": 128 * 8 * 5, "global_batch": 8}]
+    keys = {"stage": "long_context", "checkpoint": {"load": "x"}, "schedule": {"kind": "constant", "warmup_steps": 0},
+            "long_context": {"ladder": ladder}}
+    run = validate(merged(raw, {**keys, "profile": {"first_step": 4}}))
+    short, long = rungs(run)
+    assert (short.train.steps, long.train.steps) == (2, 5) and (short.profile.first_step, long.profile.first_step) == (0, 4)
+    with pytest.raises(ConfigError, match=r"^  - profile.first_step\(6\) is after the last step of this run\(5;[^\n]*$"):
+        validate(merged(raw, {**keys, "profile": {"first_step": 6}}))
+
+
+def test_a_resume_past_the_profiled_steps_says_so(raw):
+    said, run = [], validate(merged(raw, {"profile": {"first_step": 3}}), 1)
+    for done in (0, 2, 3, 6):      # the last: a run that is over
+        profiling.opened(run, SimpleNamespace(device="cpu", rank=0), done, said.append)
+    assert said == ["profile.first_step=3 is among the 3 steps before this start, so nothing is profiled; set it to 4 or more"]
 
 
 def test_time_that_overlaps_counts_once():

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = ("Python", "packages", "torch", "megatron-core", "C++ core", "Transformer Engine", "apex", "DALI", "extras", "gloo", "NCCL", "disk", "/dev/shm")
 PIP = "pip install -c constraints.txt"
 REINSTALL = f"{PIP} --no-build-isolation -e '.[dev]'    # or: make setup"
+ON_A_GPU = "of use on a GPU only"
 TIMEOUT = 120  # seconds: a cold file system may take one to read torch
 SELF_TEST = 5  # seconds
 LITTLE_DISK, LITTLE_SHM = 10 << 30, 1 << 30  # bytes
@@ -145,18 +146,17 @@ def core() -> Finding:
 
 
 def transformer_engine(build: Build) -> Finding:
-    name = "Transformer Engine"
-    cure = "pip install -c constraints.txt --no-build-isolation -e '.[gpu]'    # needs nvcc, cuDNN and NCCL headers: docs/gpu.md"
+    name, is_cuda_12 = "Transformer Engine", (build.cuda or "").startswith("12.")
+    cure = (f"{PIP} --no-build-isolation " + ("'transformer-engine[core_cu12,pytorch]'" if is_cuda_12 else "-e '.[gpu]'")
+            + f"    # {'' if build.gpus else ON_A_GPU + '; '}needs nvcc, cuDNN and NCCL headers: docs/gpu.md")
     instead = "train.backend=auto takes the torch layers (no FP8, no fused norms); train.backend=te is refused"
     known = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch")
     parts = ", ".join(f"{part} {version(part)}" for part in known if version(part))
     if importlib.util.find_spec("transformer_engine") is None and not parts:
-        why = "not installed" + ("" if build.gpus else ", and of no use without a GPU")
-        return Finding(name, "instead", why, instead, cure if build.gpus else "")
+        return Finding(name, "instead", "not installed" + ("" if build.gpus else ", and of no use without a GPU"), instead, cure)
     found = probe("package", "transformer_engine.pytorch")
     if "error" in found:
-        return Finding(name, "instead", f"half installed ({parts or 'files without metadata'}): {found['error']}", instead,
-                       cure if build.cuda else "")
+        return Finding(name, "instead", f"half installed ({parts or 'files without metadata'}): {found['error']}", instead, cure)
     if not build.gpus:
         return Finding(name, "instead", f"{parts}; no GPU to use it on", instead)
     return Finding(name, "ok", parts)
@@ -178,12 +178,13 @@ def apex(build: Build) -> Finding:
 def dali(build: Build) -> Finding:
     there = next((f"{name} {version(name)}" for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110") if version(name)), None)
     instead = "data.feed=auto copies batches from pinned buffers on a stream of its own" if build.gpus else "a CPU run copies nothing"
+    only = "" if build.gpus else f"    # {ON_A_GPU}"
     if there is None:
-        return Finding("DALI", "instead", "not installed", instead, f"{PIP} nvidia-dali-cuda130" if build.gpus else "")
+        return Finding("DALI", "instead", "not installed", instead, f"{PIP} nvidia-dali-cuda130{only}")
     found = probe("package", "nvidia.dali")
     if "error" in found:
         return Finding("DALI", "instead", f"{there} cannot be imported: {found['error']}", instead,
-                       f"{PIP} --force-reinstall nvidia-dali-cuda130")
+                       f"{PIP} --force-reinstall nvidia-dali-cuda130{only}")
     return Finding("DALI", "ok", there)
 
 
@@ -192,7 +193,8 @@ def extras() -> Finding:
     extras = {"data": "preprocess, filter and object stores", "rl": "judging answers", "eval": "lm-eval on an export"}
     missing = {extra: [name for name in _requirements(extra) if version(name) is None] for extra in extras}
     if not any(_requirements(extra) for extra in extras):
-        return Finding("extras", "instead", "not known, for this project is not installed in this Python")
+        return Finding("extras", "instead", "not known, for this project is not installed in this Python", "",
+                       "make setup    # then: source .venv/bin/activate")
     lacking = {extra: names for extra, names in missing.items() if names}
     if not lacking:
         return Finding("extras", "ok", f"{', '.join(extras)}: complete")
@@ -246,7 +248,8 @@ def disk(folder: Path) -> Finding:
 
 def shared_memory() -> Finding:
     if not os.path.isdir("/dev/shm"):
-        return Finding("/dev/shm", "instead", "not there", "NCCL needs it between the GPUs of a machine")
+        return Finding("/dev/shm", "instead", "not there", "NCCL needs it between the GPUs of a machine",
+                       "docker run --shm-size=8g ...    # or: mkdir -p /dev/shm && mount -t tmpfs -o size=8G tmpfs /dev/shm")
     usage = shutil.disk_usage("/dev/shm")
     found = f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free"
     if usage.free < LITTLE_SHM:

@@ -3,37 +3,48 @@
     print(what_would_help(answer, base, cluster, pins))
 """
 
-from dataclasses import replace
-
-from engine.planner.cluster import Cluster
+from engine.planner.cluster import Cluster, larger
 from engine.planner.constants import GIB
 from engine.planner.layouts import placed, text
+from engine.planner.report import gib
 from engine.planner.search import Answer, backend_of, search
 
-DOUBLINGS = 6      # of the number of GPUs that are tried
+MOST_TIMES = 64      # as many GPUs as were asked for are tried
 
 
 def what_would_help(answer: Answer, base, cluster: Cluster, pins: dict) -> str:
     lines = []
     if answer.misses:
         need, run = answer.misses[0]
-        lines.append(f"Nearest miss: {text(run)} needs {need / GIB:.1f} GiB, {need / GIB - cluster.gpu.memory_gib:.1f} more than a GPU has.")
-    helps = [*_more_gpus(base, cluster, pins), *_smaller(base, cluster, pins)]
+        room = cluster.gpu.memory_gib
+        lines.append(f"Nearest miss: {text(run)} needs {gib(need, room)} GiB, {gib(need - int(room * GIB), 0)} more than a GPU has.")
+    helps = [*_more_gpus(base, cluster, pins), *_other_batch(answer, base, cluster, pins), *_smaller(base, cluster, pins)]
     if pins and search(base, cluster, {}).plans:
         helps.append(f"leaving the layout free: overrides fix {', '.join(pins)}")
     if not helps:
-        return "\n".join([*lines, "Neither more GPUs nor any change the planner tries would make it fit; the model is too large for this kind of GPU, "
-                                  "or no layout of it is legal on this number (the reasons are above)."])
+        return "\n".join([*lines, f"Neither more GPUs ({MOST_TIMES} times as many were tried) nor any change the planner tries would make it fit; "
+                                  "the model is too large for this kind of GPU, or no layout of it is legal (the reasons are above)."])
     return "\n".join([*lines, "What would help:", *(f"  - {line}" for line in helps)])
 
 
 def _more_gpus(base, cluster: Cluster, pins):
-    for doubling in range(1, DOUBLINGS + 1):
-        larger = replace(cluster, num_gpus=cluster.num_gpus * 2**doubling)
-        found = search(base, larger, pins).plans
+    for more in larger(cluster, MOST_TIMES):
+        found = search(base, more, pins).plans
         if found:
-            yield f"{larger.num_gpus} GPUs: {text(found[0].run)} needs {found[0].memory.total / GIB:.1f} GiB"
+            yield f"{more.num_gpus} GPUs ({more.nodes}): {text(found[0].run)} needs {found[0].memory.total / GIB:.1f} GiB"
             return
+
+
+def _other_batch(answer: Answer, base, cluster: Cluster, pins):
+    """The nearest global batch that every dp divides, where the one there is was a reason."""
+    if not any("train.global_batch" in reason for reason in answer.refused):
+        return
+    world, batch = cluster.num_gpus, base.train.global_batch
+    batch = max((batch + world // 2) // world, 1) * world
+    found = search(placed(base, {"global_batch": batch}), cluster, pins).plans
+    if found:
+        field = "global_batch" if base.stage == "long_context" else "train.global_batch"      # a rung may have its own
+        yield f"{field}={batch}, a multiple of {world}: {text(found[0].run)} needs {found[0].memory.total / GIB:.1f} GiB"
 
 
 def _smaller(base, cluster: Cluster, pins):

@@ -15,22 +15,26 @@ from engine.planner.search import Answer, Plan, backend_of
 WORDS = {"elementwise": "norms, activations", "tp": "tensor parallel traffic", "cp": "context parallel traffic", "ep": "expert traffic",
          "pp": "pipeline traffic", "bubble": "pipeline bubble", "dp": "data parallel traffic", "gemm": "matrix products",
          "workspace": "backward temporaries", "runtime": "CUDA and NCCL", "margin": "fragmentation"}
+NOTABLE = 0.05      # a difference between two ways of counting FLOPs that is told
 
 
 @dataclass(frozen=True)
 class Options:
-    """top: rows of the table; tokens: of the whole run, 0 takes the configuration's; price: of a GPU hour; law: engine.recipe.scaling.Law."""
+    """top: rows of the table; tokens: of the whole run, 0 takes the configuration's; price: of a GPU hour; law: engine.recipe.scaling.Law;
+    choose: the row that is told in full, from 1."""
 
     top: int = 10
     tokens: float = 0
     price: float = 0
     law: object = None
+    choose: int = 1
 
 
 def report(answer: Answer, base, cluster, own: tuple[Plan | None, list[str]], options: Options) -> str:
     parts = [_head(base, cluster)]
     if answer.plans:
-        parts += [_table(answer.plans[:options.top], options), _own(own, answer), _whole(answer.plans[0], options), _money(answer.plans[0], options)]
+        chosen = answer.plans[options.choose - 1]
+        parts += [_table(answer.plans[:options.top], options), _own(own, answer), _whole(chosen, options), _money(chosen, options)]
     else:
         nothing = f"No layout fits into {cluster.gpu.memory_gib:g} GiB." if answer.misses else f"No layout is legal on {cluster.num_gpus} GPUs."
         parts += [_own(own, answer), nothing]
@@ -59,7 +63,14 @@ def _table(plans: list[Plan], options: Options) -> str:
         rows.append([i, p.tp, p.cp, *experts, pp, p.vpp, plan.dp, train.micro_batch, train.recompute, *recipe, f"{plan.memory.total / GIB:.1f}",
                      _seconds(plan.time.total), f"{plan.tflops:.0f}", f"{plan.mfu:.0%}", f"{plan.tokens_per_gpu:.0f}", _days(cost.days)])
     uneven = any(plan.run.parallel.pp_layers for plan in plans)
-    return _columns([names, *rows]) + "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven
+    spread = "\n * layers are spread unevenly (parallel.pp_layers), as --write and --json say" * uneven
+    return f"{_columns([names, *rows])}{spread}\n{_counted(plans[0])}"
+
+
+def _counted(best: Plan) -> str:
+    """How the table counts FLOPs, and what the other usual way makes of it."""
+    half = f";\n   with the half that the causal mask leaves, row 1 has {best.tflops * best.causal_share:.0f} TFLOP/s, MFU {best.mfu * best.causal_share:.0%}"
+    return " FLOPs are those of Megatron's formula, attention counted in full" + half * (1 / best.causal_share - 1 > NOTABLE)
 
 
 def _columns(rows) -> str:
@@ -72,7 +83,7 @@ def _own(own, answer: Answer) -> str:
     plan, problems = own
     if problems:
         return "The layout in the file is not legal here: " + problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-    need = f"needs {plan.memory.total / GIB:.1f} GiB"
+    need = f"needs {gib(plan.memory.total, plan.cluster.gpu.memory_gib)} GiB"
     if not plan.fits:
         return f"The layout in the file ({text(plan.run)}) does not fit: it {need} of {plan.cluster.gpu.memory_gib:g}."
     rate = f", {plan.time.total / answer.plans[0].time.total:.2f} times the best one's step" if answer.plans else ""
@@ -91,7 +102,8 @@ def _whole(plan: Plan, options: Options) -> str:
     lines = [(*(memory[i] if i < len(memory) else blank), *(time[i] if i < len(time) else blank)) for i in range(max(len(memory), len(time)))]
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     body = ["  ".join(cell.ljust(width) if i in (0, 3) else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
-    return f"Best: {text(plan.run)}\n" + "\n".join(f"  {line}" for line in body)
+    name = "Best" if options.choose == 1 else f"Row {options.choose}"
+    return f"{name}: {text(plan.run)}\n" + "\n".join(f"  {line}" for line in body)
 
 
 def _cost(plan: Plan, options: Options) -> budget.Budget:
@@ -114,8 +126,8 @@ def _refused(answer: Answer, cluster) -> str:
     groups = sorted(answer.refused.items(), key=lambda group: -group[1].count)
     lines = []
     if answer.misses:
-        least, most = answer.misses[0][0] / GIB, answer.misses[-1][0] / GIB
-        span = f"{least:.1f} to {most:.1f}" if len(answer.misses) > 1 else f"{least:.1f}"
+        least, most = (gib(answer.misses[i][0], cluster.gpu.memory_gib) for i in (0, -1))
+        span = f"{least} to {most}" if len(answer.misses) > 1 else least
         lines.append(f"  {len(answer.misses)}: {span} GiB needed, of {cluster.gpu.memory_gib:g}, whatever is recomputed. "
                      f"Nearest: {text(answer.misses[0][1])}")
     lines += [f"  {group.count}: {reason}\n     such as: {group.example}" for reason, group in groups[:6]]
@@ -133,7 +145,7 @@ def as_dict(answer: Answer, base, cluster, options: Options) -> dict:
         "parameters": count.total, "active_parameters": count.active, "backend": backend_of(base),
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.num_gpus, "nodes": cluster.num_nodes, "memory_gib": cluster.gpu.memory_gib,
                     "network_gbs": cluster.network_gbs},
-        "num_fitting": len(answer.plans),
+        "num_fitting": len(answer.plans), **({"chosen": options.choose} if answer.plans else {}),
         "plans": [_plan(plan, options) for plan in answer.plans[:options.top]],
         "refused": [{"count": group.count, "reason": reason, "example": group.example} for reason, group in answer.refused.items()],
         "do_not_fit": {"count": len(answer.misses), **({"least_bytes": answer.misses[0][0], "nearest": text(answer.misses[0][1])} if answer.misses else {})},
@@ -145,8 +157,16 @@ def _plan(plan: Plan, options: Options) -> dict:
     return {"parallel": plan.run.parallel.model_dump(), "micro_batch": plan.run.train.micro_batch, "recompute": plan.run.train.recompute,
             "fp8": plan.run.train.fp8.recipe, "dp": plan.dp,
             "memory_bytes": {**plan.memory.parts(), "total": plan.memory.total}, "step_seconds": {**plan.time.parts(), "total": plan.time.total},
-            "tflops_per_gpu": plan.tflops, "mfu": plan.mfu, "tokens_per_second_per_gpu": plan.tokens_per_gpu, "tokens": cost.tokens,
+            "tflops_per_gpu": plan.tflops, "mfu": plan.mfu, "causal_tflops_per_gpu": plan.tflops * plan.causal_share,
+            "causal_mfu": plan.mfu * plan.causal_share, "tokens_per_second_per_gpu": plan.tokens_per_gpu, "tokens": cost.tokens,
             "days": cost.days, "gpu_hours": cost.gpu_hours, "price": cost.price}
+
+
+def gib(num_bytes: int, room: float) -> str:
+    """GiB, with as many decimals as it takes to differ from the GiB there are."""
+    need = num_bytes / GIB
+    decimals = next((n for n in range(1, 9) if f"{need:.{n}f}" != f"{room:.{n}f}"), 1)
+    return f"{need:.{decimals}f}"
 
 
 def _seconds(seconds: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from engine import torch_only
+from engine import metrics, torch_only
 from engine.checks import cross_checks
 from engine.config import ConfigError, Parallel, RunConfig, read_yaml, validate
 from engine.planner.cluster import Cluster
@@ -63,6 +63,12 @@ class Plan:
         """Against the bf16 peak, or FP8's where matrix products are FP8."""
         gpu, is_fp8 = self.cluster.gpu, self.run.train.fp8.recipe != "none"
         return self.tflops / (gpu.fp8_tflops if is_fp8 else gpu.tflops)
+
+    @property
+    def causal_share(self) -> float:
+        """FLOPs with the half of attention that the mask leaves, as a share of Megatron's, which tflops and mfu count by."""
+        full, half = (metrics.flops_per_token(self.run.model, self.run.train.seq_len, causal) for causal in (False, True))
+        return half / full
 
 
 @dataclass

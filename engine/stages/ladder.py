@@ -20,15 +20,16 @@ def rungs(run) -> list:
     for number, rung in enumerate(run.long_context.ladder, start=1):
         rope = {"rope_theta": rung.rope_theta or model.rope_theta, "rope_scaling": rung.rope_scaling or model.rope_scaling}
         model = with_room(model.model_copy(update=rope), rung.seq_len)
-        folder = Path(run.run.dir) / f"rung_{number}_{rung.seq_len}"
+        folder, steps = Path(run.run.dir) / f"rung_{number}_{rung.seq_len}", -(-rung.tokens // (rung.global_batch * rung.seq_len))
         found.append(run.model_copy(update={
             "run": run.run.model_copy(update={"dir": str(folder), "seed": run.run.seed + number}),
             "model": model,
             "data": run.data.model_copy(update={"train": rung.train or run.data.train, "cache_dir": cache_dir(run)}),
             "train": run.train.model_copy(update={"seq_len": rung.seq_len, "global_batch": rung.global_batch, "micro_batch": rung.micro_batch,
-                                                  "steps": -(-rung.tokens // (rung.global_batch * rung.seq_len))}),
+                                                  "steps": steps}),
             "optim": run.optim.model_copy(update={"lr": rung.lr or run.optim.lr}),
             "long_context": run.long_context.model_copy(update={"ladder": []}),
+            "profile": run.profile if run.profile.first_step <= steps else type(run.profile)(),      # only longer rungs are profiled
             "checkpoint": run.checkpoint.model_copy(update={"load": load, **_AFRESH}),
         }))
         load = str(folder)

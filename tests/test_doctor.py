@@ -61,6 +61,12 @@ def test_transformer_engine_without_its_libraries_is_half_installed(site):
     assert "train.backend=auto takes the torch layers" in found.instead and "'.[gpu]'" in found.cure
 
 
+def test_transformer_engine_may_lean_on_the_libraries_that_torch_brings(site):
+    site("transformer_engine")
+    site("transformer_engine.pytorch", "import sys\nif 'torch' not in sys.modules: raise OSError('libnccl.so.2: cannot open shared object file')")
+    assert parts.transformer_engine(GPU).state == "ok"
+
+
 def test_a_package_that_ends_the_process_ends_only_the_probe(site):
     site("transformer_engine")
     site("transformer_engine.pytorch", "import os, sys; print('undefined symbol: cublasLt', file=sys.stderr, flush=True); os._exit(134)")

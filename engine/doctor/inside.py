@@ -14,6 +14,8 @@ import time
 
 def package(name: str) -> dict:
     """Can it be imported?"""
+    if name.startswith("transformer_engine"):
+        importlib.import_module("torch")  # which brings the libraries that it is linked to, where they came in wheels
     return {"file": importlib.import_module(name).__file__}
 
 

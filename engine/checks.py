@@ -10,6 +10,8 @@ from engine.config import Unreadable, nearest
 from engine.schedule import planned_steps
 from engine.stages import STAGES, TEXT, ladder
 
+ONE_SHAPE = ("pretrain", "continued", "anneal")  # the stages whose training batches all have seq_len columns and micro_batch rows
+
 
 def cross_checks(run, world_size: int | None) -> list[str]:
     """All mistakes in `run`, as sentences; world_size None skips what needs the number of ranks.
@@ -377,9 +379,24 @@ def _backend(run):
         yield "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"
     elif run.parallel.tp_comm_overlap and not run.parallel.sequence_parallel:
         yield "parallel.tp_comm_overlap overlaps the communication of sequence parallel; set parallel.sequence_parallel=true"
-    if run.parallel.tp_comm_overlap and run.model.is_latent:
-        yield (f"parallel.tp_comm_overlap has no buffers for the projections of latent attention (model.mla.kv_lora_rank={run.model.mla.kv_lora_rank}), "
-               "which are not as wide as hidden_size; set it to false")
+    for reason in _no_tp_overlap(run) if run.parallel.tp_comm_overlap else ():
+        yield f"parallel.tp_comm_overlap {reason}; set it to false"
+
+
+def _no_tp_overlap(run):
+    """Its buffers have one size and Transformer Engine's names for them."""
+    model, p = run.model, run.parallel
+    if model.is_latent:
+        yield (f"has no buffers for the projections of latent attention (model.mla.kv_lora_rank={model.mla.kv_lora_rank}), "
+               "which are not as wide as hidden_size")
+    if model.mtp.num_layers:
+        yield f"has no buffer for the projection of model.mtp.num_layers({model.mtp.num_layers})"
+    if run.stage not in (*ONE_SHAPE, "long_context"):  # whose own check says more
+        yield f"has buffers for batches of one shape, which those of stage={run.stage} are not: it works with {', '.join(ONE_SHAPE)}"
+    if run.train.precision != "bf16":
+        yield f"adds what it receives as bf16, but train.precision={run.train.precision}"
+    if p.tp & (p.tp - 1):
+        yield f"has kernels for parallel.tp of 2, 4, 8 ..., not {p.tp}"
 
 
 def _fp8(run):
@@ -392,7 +409,10 @@ def _fp8(run):
         yield f"train.fp8.recipe={train.fp8.recipe} works beside bf16, but train.precision={train.precision}; set it to bf16"
     if train.fp8.params and train.fp8.recipe == "mxfp8":
         yield "train.fp8.params=true, but parameters of train.fp8.recipe=mxfp8 cannot share the buffer that is gathered; set params=false"
-    elif train.fp8.params and train.fp8.recipe != "none" and not run.parallel.zero1:
+    if train.fp8.params and run.faults.replica_check_every:
+        yield (f"faults.replica_check_every({run.faults.replica_check_every}) compares weights bit for bit, which train.fp8.params=true keeps in another form; "
+               "set it to 0, or params=false")
+    if train.fp8.params and train.fp8.recipe not in ("none", "mxfp8") and not run.parallel.zero1:
         yield "train.fp8.params keeps master weights in the optimizer of parallel.zero1; set zero1=true"
 
 
@@ -401,9 +421,8 @@ def _cuda_graphs(run):
     train, p, model = run.train, run.parallel, run.model
     if not train.cuda_graphs:
         return
-    fixed = ("pretrain", "continued", "anneal")
     reasons = {
-        f"stage={run.stage} has batches of several shapes, or several networks; it works with {', '.join(fixed)}": run.stage not in fixed,
+        f"stage={run.stage} has batches of several shapes, or several networks; it works with {', '.join(ONE_SHAPE)}": run.stage not in ONE_SHAPE,
         "train.backend=torch; graphs are recorded of Transformer Engine's layers": train.backend == "torch",
         "run.device=cpu": run.run.device == "cpu",
         f"parallel.pp({p.pp}): recording through a pipeline is not offered": p.pp > 1,

@@ -59,7 +59,11 @@ def guarded(config: str, overrides: list[str], act, stages=STAGES, instead: dict
 
 
 def _acted(act, run) -> int:
+    from engine import environment
     from engine.config import ConfigError
+
+    if run.run.device != "cpu":
+        environment.apply(run)  # before the seam is imported, which looks for a GPU and so starts CUDA
     from engine.mcore import topology
 
     try:

@@ -50,6 +50,14 @@ def problems(load):
 
 # One row per refusal of engine/checks.py: overrides, the world size if it matters, and the sentence it must give (alone).
 VALID = ["data.valid.held_out=[there]", "train.eval_samples=8", "train.eval_every=5", "train.stop_when.metric=valid_loss"]
+UB = ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"]
+NO_UB = [
+    (["model.mtp={num_layers: 1}"], "has no buffer for the projection of model.mtp.num_layers(1)"),
+    (["stage=sft", "data.train=[a.jsonl]"], "has buffers for batches of one shape, which those of stage=sft are not: it works with pretrain, continued, anneal"),
+    (["train.precision=fp32"], "adds what it receives as bf16, but train.precision=fp32"),
+    (["parallel.tp=3", "model.num_attention_heads=12", "model.num_query_groups=3", "model.hidden_size=192", "model.ffn_hidden_size=384", "train.seq_len=96",
+      "model.vocab_size=384"], "has kernels for parallel.tp of 2, 4, 8 ..., not 3"),
+]
 GRAPHS = [
     (["model.num_query_groups=0", "model.mla.kv_lora_rank=8"], "model.mla.kv_lora_rank(8): recording latent attention is not offered"),
     (["parallel.pp=2"], "parallel.pp(2): recording through a pipeline is not offered"),
@@ -190,10 +198,13 @@ REFUSALS = [
     (["parallel.tp_comm_overlap=true", "train.backend=torch"], None, "parallel.tp_comm_overlap needs Transformer Engine, but train.backend=torch"),
     (["parallel.tp_comm_overlap=true"], None,
      "parallel.tp_comm_overlap overlaps the communication of sequence parallel; set parallel.sequence_parallel=true"),
+    *(([*UB, *overrides], None, f"parallel.tp_comm_overlap {reason}; set it to false") for overrides, reason in NO_UB),
     *((["train.cuda_graphs=true", *overrides], None, f"train.cuda_graphs does not go with {reason}; change that, or set train.cuda_graphs=false")
       for overrides, reason in GRAPHS),
     (["train.cuda_graphs=true", "model.attention_softcap=50"], None,
      "train.cuda_graphs needs Transformer Engine, which has no model.attention_softcap=50 here; set it to false"),
+    (["train.fp8.params=true", "train.fp8.recipe=delayed", "parallel.zero1=true", "faults.replica_check_every=5"], None,
+     "faults.replica_check_every(5) compares weights bit for bit, which train.fp8.params=true keeps in another form; set it to 0, or params=false"),
     (["train.fp8.params=true"], None, "train.fp8.params keeps parameters in FP8, but train.fp8.recipe is none; choose a recipe"),
     (["train.fp8.recipe=delayed", "train.backend=torch"], None,
      "train.fp8.recipe=delayed needs Transformer Engine, but train.backend=torch; set train.backend=te"),

@@ -1,11 +1,23 @@
 """engine/environment.py: what a configuration sets for CUDA, NCCL and Transformer Engine, and that the user's own values stay."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from engine import environment
 from engine.config import validate
+
+
+def test_the_variables_are_there_before_cuda_starts():
+    """engine.mcore looks for a GPU when it is imported, which starts CUDA."""
+    code = ("import sys; from types import SimpleNamespace as S; from engine import cli, environment\n"
+            "environment.apply = lambda run: print('engine.mcore' in sys.modules)\n"
+            "cli._acted(lambda run: 0, S(run=S(device='auto'))); cli._acted(lambda run: 0, S(run=S(device='cpu')))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "False\n", done.stderr[-2000:]
 
 
 def run_of(**sections):

@@ -39,6 +39,29 @@ def saved_twice(root):
     return words, sum(path.stat().st_size for path in final.glob(f"__{dist.get_rank()}_*.distcp")), plan.num_bytes
 
 
+@pytest.mark.parametrize("environment, host", [
+    ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node7"}, "127.0.0.1"), ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node7"}, "node7"),
+    ({"WORLD_SIZE": "8", "MASTER_ADDR": "node7"}, "node7"),
+])
+def test_the_ranks_meet_where_all_reach_it(monkeypatch, environment, host):
+    from engine.mcore import saving
+
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert saving.address_of_rank_0() == host
+
+
+@pytest.mark.parametrize("known_as, listens_at", [("127.0.0.1", "127.0.0.1"), ("127.0.1.1", "0.0.0.0"), ("192.0.2.1", "0.0.0.0")])
+def test_an_address_that_others_cannot_reach_is_none_to_listen_at(known_as, listens_at):
+    """As Debian has the machine's own name, and as a service's address, which the machine itself does not have."""
+    from engine.mcore import saving
+
+    with saving.listen(known_as) as listening:
+        assert listening.getsockname()[0] == listens_at
+
+
 def test_two_ranks_write_a_checkpoint_that_others_read(tmp_path):
     """Each about half of the bytes, though half of the tensors are on both; a second save of the same step changes nothing."""
     import torch.distributed.checkpoint as dcp

@@ -18,7 +18,7 @@ OPEN = {"engine.config", "engine.section", "engine.model_sections", "engine.safe
         "engine.mapped", "engine.rows", "engine.profiling", "engine.environment", "engine.stage", "engine.log", "engine.signals"}
 MAY_IMPORT = {
     "engine.config": {"engine.checks", "engine.models", "engine.launch_sections"},
-    "engine.checks": {"engine.stages"},
+    "engine.checks": {"engine.stages", "engine.schedule"},
     "engine.models": {"engine.models"},
     "engine.section": set(),
     "engine.launch_sections": set(),
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "engine.faults": set(),
     "engine.watch": set(),
     "engine.rollback": set(),
-    "engine.profiling": set(),
+    "engine.profiling": {"engine.schedule"},
     "engine.losses": set(),
     "engine.rl": set(),
     "engine.rewards": {"engine.rewards", "engine.data", "data_tools"},

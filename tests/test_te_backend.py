@@ -21,7 +21,7 @@ from training import merged
 
 from engine import mcore
 from engine.config import validate
-from engine.mcore import build, optim_state, quantized, spec_te, tp_overlap
+from engine.mcore import build, optim_state, quantized, spec_te, topology, tp_overlap
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 TE = {"run": {"device": "auto"}, "train": {"backend": "te", "precision": "bf16"}}
@@ -279,7 +279,7 @@ def test_gathers_are_aligned_where_the_schedule_starts_them(told, layout, aligne
 def test_buffers_of_tp_comm_overlap(monkeypatch):
     """The arguments of Transformer Engine's initialize_ub (2.7 and later)."""
     calls = []
-    base = SimpleNamespace(UserBufferQuantizationMode=SimpleNamespace(NONE="none", FP8="fp8"), initialize_ub=lambda **kwargs: calls.append(kwargs))
+    base = SimpleNamespace(UserBufferQuantizationMode=SimpleNamespace(NONE="none", FP8="fp8"), initialize_ub=lambda **kwargs: calls.append(kwargs), destroy_ub=lambda: calls.append("destroyed"))
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", SimpleNamespace(base=base))
@@ -288,6 +288,9 @@ def test_buffers_of_tp_comm_overlap(monkeypatch):
     for _ in range(2):  # a second network uses the buffers of the first
         tp_overlap.start(te_run(layout, {"train": {"fp8": {"recipe": "tensorwise"}}}))
     assert calls == [dict(shape=[64, 64], tp_size=2, quantization_modes=["fp8"], dtype=torch.bfloat16, bootstrap_backend="nccl")]
+    for _ in range(2):
+        tp_overlap.stop()
+    assert calls[1:] == ["destroyed"] and tp_overlap._size == []
 
 
 # --- FP8 parameters --------------------------------------------------------------------------------------------------------
@@ -353,6 +356,40 @@ def test_documents_want_one_sample_per_micro_batch_and_no_cp():
         spec_te.check(te_run(documents, {"train": {"micro_batch": 2}}))
     with pytest.raises(ValueError, match=r"no document masks under context parallel \(parallel.cp=2\)"):
         spec_te.check(te_run(documents, {"parallel": {"cp": 2}}))
+
+
+def sft_run(*changes):
+    base = parity_table.config("dense", {}, {}, 1).model_dump()
+    sft = {"stage": "sft", "data": {"reset_at_eod": False, "train": ["a.jsonl"], "valid": {}}, "train": {"micro_batch": 1}}
+    return validate(merged(base, TE, sft, *changes))
+
+
+def test_packed_conversations_are_documents_too():
+    spec_te.check(sft_run())
+    with pytest.raises(ValueError, match=r"document masks with train.micro_batch=1, not 2: .*chat.pack=false"):
+        spec_te.check(sft_run({"train": {"micro_batch": 2}}))
+    with pytest.raises(ValueError, match=r"no document masks under context parallel \(parallel.cp=2\); set cp=1, chat.pack=false, or"):
+        spec_te.check(sft_run({"parallel": {"cp": 2}}))
+    spec_te.check(sft_run({"chat": {"pack": False}, "train": {"micro_batch": 2}, "parallel": {"cp": 2}}))
+
+
+def test_documents_of_several_rows_are_refused():
+    """Of a stage of one's own, which no check of the configuration knows."""
+    with pytest.raises(ValueError, match="documents of one row, not of 2; set train.micro_batch=1"):
+        spec_te.document_bounds(torch.zeros(2, 4, dtype=torch.int32))
+
+
+def test_fp32_wants_no_cp():
+    spec_te.check(te_run({"train": {"precision": "fp32"}}))
+    with pytest.raises(ValueError, match=r"no attention in fp32 under context parallel \(parallel.cp=2\); set train.precision=bf16"):
+        spec_te.check(te_run({"train": {"precision": "fp32"}, "parallel": {"cp": 2}}))
+
+
+@pytest.mark.parametrize("recipe, multiple", [("none", 16), ("tensorwise", 64), ("mxfp8", 128)])
+def test_trimmed_batches_suit_fp8(recipe, multiple):
+    """Tokens of each rank in multiples of 16 (32 for mxfp8), of two cp and two tp ranks; without FP8 what the split wants."""
+    run = SimpleNamespace(parallel=SimpleNamespace(sequence_parallel=True), train=SimpleNamespace(fp8=SimpleNamespace(recipe=recipe)))
+    assert topology.Topology.sequence_multiple(SimpleNamespace(cp=2, tp=2), run) == multiple
 
 
 def test_sinks_want_no_cp():

@@ -351,6 +351,8 @@ class ParallelModel:
         if self.on_te and "segment_ids" in batch:
             from engine.mcore.spec_te import document_bounds
 
+            if self.topology.cp > 1:  # a stage of one's own; the configuration is refused for ours
+                raise ValueError(f"the te backend has no document masks under context parallel (parallel.cp={self.topology.cp}); set train.backend=torch")
             batch = {**batch, **document_bounds(batch["segment_ids"])}
         return self._moved({name: t for name, t in batch.items() if name != "of"}) | of
 

@@ -135,12 +135,31 @@ def _open_channel() -> dist.Store:
         return dist.HashStore()
     place, store = [None], None
     if dist.get_rank() == 0:
-        host = os.environ.get("MASTER_ADDR") or "127.0.0.1"  # rank 0's machine, by every launcher's convention
-        listening = socket.create_server((host, 0))
+        host = address_of_rank_0()
+        listening = listen(host)
         place = [(host, listening.getsockname()[1])]
         store = dist.TCPStore(*place[0], is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
     dist.broadcast_object_list(place, src=0)
     return store or dist.TCPStore(*place[0], is_master=False, wait_for_workers=False)
+
+
+def address_of_rank_0() -> str:
+    """By which all ranks reach it: the loopback one on one machine, else MASTER_ADDR, which every launcher sets."""
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE", "unknown") == os.environ.get("WORLD_SIZE")
+    return "127.0.0.1" if is_alone else os.environ.get("MASTER_ADDR") or "127.0.0.1"
+
+
+def listen(host: str) -> socket.socket:
+    """A free port at this address; at all of the machine's where others know it by a name that means loopback here (/etc/hosts of Debian), or by
+    an address that it does not have (a service's)."""
+    try:
+        found = socket.create_server((host, 0))
+    except OSError:
+        return socket.create_server(("", 0))
+    if host in ("127.0.0.1", "localhost") or not found.getsockname()[0].startswith("127."):
+        return found
+    found.close()
+    return socket.create_server(("", 0))
 
 
 def free_bytes(folder: Path) -> int:

@@ -118,6 +118,8 @@ def document_bounds(segment_ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
     segment_ids [1, s] -> cu_seqlens int32 [documents + 1], and the longest document's length (a host scalar).
     """
+    if len(segment_ids) > 1:
+        raise ValueError(f"the te backend takes documents of one row, not of {len(segment_ids)}; set train.micro_batch=1, or train.backend=torch")
     ids = segment_ids[0]
     starts = torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1
     bounds = torch.cat([starts.new_zeros(1), starts, starts.new_tensor([ids.numel()])]).int()

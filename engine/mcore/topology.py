@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from engine import environment
+from engine.mcore import tp_overlap
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class Topology:
     dp_rank: int
 
     def sequence_multiple(self, run) -> int:
-        """What the length of a sequence must divide by, so that this layout can split it (and 8, which suits the kernels)."""
-        return math.lcm(8, 2 * self.cp) * (self.tp if run.parallel.sequence_parallel else 1)
+        """What the length of a sequence must divide by, so that this layout can split it (and 8, which suits the kernels; products in FP8 want
+        multiples of 16 tokens on each rank, of 32 with mxfp8)."""
+        recipe = run.train.fp8.recipe
+        of_split = math.lcm(8, 2 * self.cp) if recipe == "none" else (32 if recipe == "mxfp8" else 16) * self.cp
+        return of_split * (self.tp if run.parallel.sequence_parallel else 1)
 
     def __str__(self) -> str:
         experts = f"-EP({self.ep})-ETP({self.etp})" if self.ep > 1 or self.etp != self.tp else ""
@@ -64,7 +68,7 @@ def start(run) -> Topology:
     Raises ValueError when the rendezvous fails, naming the address (a port in use, a missing rank).
     """
     if run.run.device != "cpu":
-        environment.apply(run)  # before torch looks for a GPU
+        environment.apply(run)  # engine/cli.py has done so before CUDA started; for whoever comes another way
     device = device_of(run)
     if device == "cpu":
         from engine.mcore import cpu
@@ -108,6 +112,7 @@ def stop() -> None:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+    tp_overlap.stop()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """parallel.tp_comm_overlap: tensor-parallel communication in pieces, beside the matrix products that use it.
 
     start(run)      # collective over all ranks, before the model is built
+    stop()          # before the process groups go
 
 Transformer Engine's layers look up their communication buffers by name ("qkv_fprop", "fc2_dgrad", ...); this makes them, with
 its default method for each. Needs Transformer Engine 2.7 and tensor-parallel ranks on one NVLink domain, without multicast
@@ -24,3 +25,12 @@ def start(run) -> None:
                            dtype=DTYPES[train.precision], bootstrap_backend="nccl")
         _size[:] = size
     assert _size == size, f"buffers for {_size} stand already, {size} is asked for"
+
+
+def stop() -> None:
+    """Give the buffers back, which hold on to process groups. Collective; nothing where there are none."""
+    if _size:
+        from transformer_engine.pytorch.module import base
+
+        base.destroy_ub()
+        _size.clear()

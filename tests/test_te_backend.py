@@ -1,15 +1,18 @@
 """The te layer backend as far as a machine without a GPU can show it.
 
 A stand-in for Transformer Engine in plain torch (te_stub.py) runs megatron's own wrappers of it: layers, packed documents, fused
-weight gradients, checkpoints. Beside it: what megatron is told for each switch, and what is refused.
-Left out: Transformer Engine itself, FP8 numbers and every kernel, which tests/gpu runs on a GPU.
+weight gradients, checkpoints. Beside it: what megatron is told for each switch, and what is refused; and where Transformer Engine itself is
+installed its own modules, built and saved (te_modules.py).
+Left out: FP8 numbers and every kernel, which tests/gpu runs on a GPU.
 """
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +114,16 @@ def test_megatron_is_whole_on_a_gpu_without_transformer_engine():
             "from megatron.core.transformer.moe import moe_utils\nprint(engine.mcore.te_problem, moe_utils.te_general_gemm)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout == "Transformer Engine is not installed None\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not list(distributions(name="transformer-engine-torch")), reason="Transformer Engine is not installed (docs/gpu.md)")
+def test_its_own_modules_are_built_and_saved():
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("te_modules.py"))], capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert not done.returncode, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["read by torch"].values()) == set(found["read by torch, of FP8"].values()) == {True}, found
+    assert len(found["read by torch"]) > 20 and len(found["read by torch, of FP8"]) == 9 and found["delayed state"]
 
 
 # --- documents end to end ------------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@
 #   TABLE=--tiny PLANNER=--tiny benchmarks/gpu.sh FOLDER doctor table planner      # rehearsal on a CPU: shows that the parts run
 #
 # PYTHON chooses the interpreter (default .venv/bin/python), TABLE further options of gpu_table.py, such as TABLE="--only gpt_1.7b,loss", PLANNER those of
-# planner.py. A part that fails does not stop the next; the exit code is 1 then, and where a GPU is there but Transformer Engine or DALI is not, whose
-# tests are then skipped: WITHOUT="Transformer Engine,DALI" says that they are known to be missing. Written: doctor.json, doctor.txt, tests.txt, tests.xml,
-# table.md, table.txt, planner.txt, and revision.txt, which says what was measured. Left out: installing (docs/gpu.md; gpu_setup.sh where no network is).
+# planner.py, PYTEST_ADDOPTS those of pytest ("-n 6 -k fp8"). A part that fails does not stop the next; the exit code is 1 then, and where a GPU is there
+# but Transformer Engine or DALI is not, whose tests are then skipped: WITHOUT="Transformer Engine,DALI" says that they are known to be missing. Written:
+# doctor.json, doctor.txt, tests.txt, tests.xml, table.md, table.txt, planner.txt, and revision.txt, which says what was measured.
+# Left out: installing (docs/gpu.md; gpu_setup.sh where no network is).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n 's/^# \{0,1\}//; 2,10p' "$0"; }
+usage() { sed -n 's/^# \{0,1\}//; 2,11p' "$0"; }
 case ${1:-} in
     -h | --help) usage; exit 0 ;;
     -*) usage >&2; exit 2 ;;
@@ -53,7 +54,7 @@ END
 
 # A suite whose every test was skipped proves nothing, so it counts as failed.
 tests() {
-    "$python" -m pytest tests/gpu -m gpu -rs -p no:cacheprovider --junit-xml="$folder/tests.xml" || return 1
+    "$python" -m pytest tests/gpu -m gpu -v -rs -p no:cacheprovider --junit-xml="$folder/tests.xml" || return 1
     "$python" - "$folder/tests.xml" <<'END'
 import sys
 import xml.etree.ElementTree as xml

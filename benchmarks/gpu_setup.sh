@@ -42,7 +42,7 @@ pack() {
     "$python" -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: --dest "$wheels" \
         --implementation cp --python-version "$TARGET_PYTHON" "${platforms[@]}" \
         $(pinned "$python") "transformer-engine==$TE_VERSION" "transformer-engine-cu${CUDA%%.*}==$TE_VERSION" \
-        onnx onnxscript onnx-ir ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend importlib-metadata zipp \
+        onnx onnxscript onnx-ir ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend \
         ninja -r benchmarks/peers.txt "$@"
     te_source "$python" "$wheels"
     rm -f "$folder/$NAME"* "$folder/SHA256SUMS"
@@ -61,7 +61,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from packaging.requirements import Requirement
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-wanted = [*project["dependencies"], "pytest", "hypothesis", "pybind11", "setuptools"]
+wanted = [*project["dependencies"], "pytest", "pytest-xdist", "hypothesis", "pybind11", "setuptools"]
 found = {}
 while wanted:
     need = Requirement(wanted.pop())
@@ -141,7 +141,7 @@ te_torch() {
         CPATH=$("$python" -c "import glob, sys; print(':'.join(p for s in sys.path for p in glob.glob(s + '/nvidia/*/include')))")${CPATH:+:$CPATH}
         export CPATH
         # ninja, without which torch compiles one file after another, is in the same venv.
-        PATH=$VENV/bin:$PATH NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS=$(nproc) "$python" -m pip --disable-pip-version-check wheel \
+        PATH=$(cd "$VENV/bin" && pwd):$PATH NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS=$(nproc) "$python" -m pip --disable-pip-version-check wheel \
             --no-index --no-deps --no-build-isolation --wheel-dir "$folder/built" "$folder"/wheels/transformer_engine_torch-*.tar.gz
     fi
     "${pip[@]}" "$folder"/built/*.whl

@@ -25,6 +25,7 @@ LLAMA_1B = dict(hidden=2048, layers=16, heads=32, groups=8, ffn=8192, vocab=1282
 LLAMA_3B = dict(hidden=3072, layers=28, heads=24, groups=8, ffn=8192, vocab=128256, tied=True)
 BF16 = {}
 FAILED = "exit code"
+TIMEOUT = 600  # seconds of one contestant in one round, compiling included
 FEED = "less than 1% of the time"
 
 
@@ -131,14 +132,23 @@ def measured(row: Row, arguments) -> dict[str, dict]:
             asked = json.dumps({"sizes": sizes, "warm_up": arguments.warm_up, "steps": arguments.steps, **options})
             if "seconds" not in found.get(label, {"seconds": []}):
                 continue
-            done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "_gpu_work.py"), function, asked], cwd=ROOT, capture_output=True, text=True)
-            answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": f"{FAILED} {done.returncode}"}
-            if "failed" in answer:
-                print(done.stderr[-3000:], file=sys.stderr)
+            answer = answered([sys.executable, str(ROOT / "benchmarks" / "_gpu_work.py"), function, asked])
             if "seconds" in answer and label in found:
                 answer["seconds"] += found[label]["seconds"]
             found[label] = answer
     return found
+
+
+def answered(command: list[str]) -> dict:
+    """What a contestant's process said."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no answer in {TIMEOUT} s"}
+    answer = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": f"{FAILED} {done.returncode}"}
+    if "failed" in answer:
+        print(done.stderr[-3000:], file=sys.stderr)
+    return answer
 
 
 def lines_of(row: Row, found: dict[str, dict]) -> list[str]:

@@ -39,7 +39,6 @@ def _step(gate):
 
 
 def ours(kind: str):
-    import engine.mcore  # noqa: F401
     from engine.mcore import gates
 
     return _step(gates.GeGLU(None) if kind == "geglu" else gates.SwiGLU(None) if kind == "swiglu" else gates.ClampedSwiGLU(None, ALPHA, LIMIT))

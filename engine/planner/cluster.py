@@ -38,7 +38,8 @@ class Gpu:
 
 # Memory bandwidth and NVLink from NVIDIA's data sheets (NVLink figures there count both directions; halved here). Cards without NVLink:
 # PCIe x16, 64 GB/s (gen 5) or 32 GB/s (gen 4). Nodes are the usual HGX and DGX boxes of 8 where nothing else is said.
-# Memory of H100 NVL, GH200, B300 and GB200 as torch's out-of-memory errors give it in public issues (93.00, 94.50, 267.69, 184.31 GiB).
+# H100 NVL, GH200 and GB200: NVIDIA's figures as others repeat them, its own sheets were not at hand. Memory of these and of B300 as torch's out-of-memory
+# errors give it in public issues (93.00, 94.50, 184.31, 267.69 GiB).
 GPUS = {gpu.name.lower().replace(" ", "-"): gpu for gpu in (
     Gpu("H100", 79.1, 3350, 450, 8, "ndr"),          # H100 SXM5: 80 GB HBM3, NVLink 4 900 GB/s; DGX H100: 8 x 400 Gb/s
     Gpu("H100 PCIe", 79.1, 2000, 64, 8, "hdr"),      # 80 GB HBM2e

@@ -26,7 +26,7 @@ def main(doc: str, stages) -> int:
     """Run a training command on this rank. Returns the exit code. stages: those of engine.stages that it runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_args()
 
     with Signals() as signals:

@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=number(int, 0), default=64, help="answers that are drawn at once on each replica; 0 all (default 64)")
     parser.add_argument("--tokenizer", metavar="SPEC", help="another than the model's: hf:DIR, sentencepiece:FILE, tiktoken:FILE or bytes")
     parser.add_argument("--template", metavar="NAME", help="another chat template than the model's, as chat.template")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args()
     if args.prompt is not None and args.prompts:
         parser.error("--prompt and --prompts do not go together")

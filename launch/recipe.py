@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--dry-run", action="store_true", help="validate every stage, print the plan and stop")
     parser.add_argument("--redo", action="append", default=[], metavar="STAGE", help="put it, and what depends on it, aside and train it again")
     parser.add_argument("--speed", type=float, default=0.0, metavar="TOKENS_PER_S", help="what estimates of time assume, all ranks together")

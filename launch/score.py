@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--input", required=True, metavar="FILE.jsonl")
     parser.add_argument("--output", required=True, metavar="FILE.jsonl")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args()
     folder = find(args.checkpoint)
     if folder is None:

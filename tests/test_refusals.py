@@ -311,3 +311,9 @@ def test_a_rank_that_never_comes(config):
                  WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
     assert done.returncode == ERROR and "Traceback" not in done.stderr
     assert f"rank 0 of 2 could not join the process group at 127.0.0.1:{port}" in done.stderr and "a rank missing?" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["pretrain", "align", "generate"])
+def test_what_may_be_left_out_is_not_asked_for(command):
+    done = subprocess.run([sys.executable, f"launch/{command}.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "arguments are required: " in done.stderr and "key=value" not in done.stderr.splitlines()[-1]

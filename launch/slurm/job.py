@@ -15,7 +15,7 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--submit", action="store_true", help="keep the script as run.dir/slurm/job.sh and submit it")
     where.add_argument("--output", metavar="FILE", type=Path, help="write the script here")
